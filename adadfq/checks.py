@@ -1,0 +1,81 @@
+"""Argument checks shared by functions, modules and recipes: refuse bad input before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadfq.errors import InvalidInputError
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def check_bits(name: str, bits: Any) -> int:
+    """Return `bits` if it is an integer in 2..8; otherwise raise :class:`InvalidInputError` naming `name`."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
+        raise InvalidInputError(f"{name} must be {MIN_BITS}..{MAX_BITS}, got {bits!r}")
+    return bits
+
+
+def check_number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
+    """Return `value` if it is a finite number in [lowest, highest]."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise InvalidInputError(f"{name} must be a finite number, got {value!r}")
+    if not lowest <= value <= highest:
+        expected = f"{lowest:g}..{highest:g}" if math.isfinite(highest) else f"at least {lowest:g}"
+        raise InvalidInputError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
+
+
+def check_floating(name: str, x: Any) -> Tensor:
+    """Return `x` if it is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise InvalidInputError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise InvalidInputError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
+    return x
+
+
+def check_axis(axis: Any, x: Tensor) -> int:
+    """Return `axis` counted from the front if it is a dimension of `x`."""
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -x.dim() <= axis < x.dim():
+        raise InvalidInputError(
+            f"axis must be {-x.dim()}..{x.dim() - 1} for a tensor of shape {tuple(x.shape)}, got {axis!r}"
+        )
+    return axis % x.dim()
+
+
+def check_same_device(first: str, x: Tensor, **others: Tensor) -> None:
+    """Raise unless every tensor of `others` is on the device of `x`."""
+    for name, tensor in others.items():
+        if tensor.device != x.device:
+            raise InvalidInputError(f"{name} must be on {x.device} like {first}, got {tensor.device}")
+
+
+def check_logits(teacher_logits: Any, student_logits: Any) -> None:
+    """Raise unless both are floating [B, K] on one device, with B, K >= 1 and equal shapes."""
+    teacher = check_floating("teacher_logits", teacher_logits)
+    student = check_floating("student_logits", student_logits)
+    if teacher.dim() != 2 or teacher.shape != student.shape:
+        raise InvalidInputError(
+            "teacher_logits and student_logits must be [B, K] with equal B and K, "
+            f"got {list(teacher.shape)} and {list(student.shape)}"
+        )
+    if teacher.shape[0] == 0 or teacher.shape[1] == 0:
+        raise InvalidInputError(f"logits must hold at least one sample and one class, got {list(teacher.shape)}")
+    check_same_device("teacher_logits", teacher, student_logits=student)
+
+
+def check_labels(labels: Any, logits: Tensor) -> None:
+    """Raise unless `labels` is an integer tensor [B]; its values are checked where they are read."""
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise InvalidInputError(f"labels must be an integer tensor, got {got}")
+    if labels.shape != logits.shape[:1]:
+        raise InvalidInputError(
+            f"labels must have shape [{logits.shape[0]}], one a row of the logits, got {list(labels.shape)}"
+        )
+    check_same_device("teacher_logits", logits, labels=labels)

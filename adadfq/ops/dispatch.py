@@ -1,0 +1,102 @@
+"""Which backend serves which operator, decided when the operator runs.
+
+Automatic choice takes the first backend of the device's list that is available, has the operator and takes the
+tensor's dtype; `reference` takes everything. A backend asked for by name (``ADADFQ_BACKEND`` or :func:`use_backend`)
+serves the call or raises: it never falls back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from adadfq.errors import BackendError
+from adadfq.ops import cpu, cuda, reference, triton
+
+#: Every backend is a module with NAME, DEVICE_TYPE (None: any), DTYPES (None: any floating), KERNELS and
+#: why_unavailable() -> str | None.
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton, reference)}
+
+#: Order of preference by device type; any other device is served by the reference.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_forced: ContextVar[str | None] = ContextVar("adadfq_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{source} must be one of {', '.join(BACKENDS)} or auto, got {name!r}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by name, or None for the automatic choice.
+
+    Raises:
+        BackendError: ``ADADFQ_BACKEND`` names no backend.
+    """
+    if (name := _forced.get()) is None:
+        name = os.environ.get("ADADFQ_BACKEND") or "auto"
+    return None if name == "auto" else _check_name(name, "ADADFQ_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every operator inside the block by backend `name` ("auto" restores the automatic choice).
+
+    Takes precedence over ``ADADFQ_BACKEND``. Calls that the backend cannot serve raise
+    :class:`~adadfq.errors.BackendError`; there is no fallback.
+
+    Backward operators run by autograd are served by the backend in force when ``backward()`` runs; on a CUDA device
+    autograd runs them in a thread of its own, which sees ``ADADFQ_BACKEND`` but not this block.
+
+    Raises:
+        BackendError: `name` is not a backend.
+    """
+    if name != "auto":
+        _check_name(name, "backend")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `op` for tensors of this device and dtype; None when it can."""
+    module = BACKENDS[backend]
+    if module.DEVICE_TYPE not in (None, device_type):
+        return f"it serves {module.DEVICE_TYPE} tensors, not {device_type}"
+    if (reason := module.why_unavailable()) is not None:
+        return reason
+    if op not in module.KERNELS:
+        return "it has no kernel for this operator"
+    if module.DTYPES is not None and dtype not in module.DTYPES:
+        return f"it takes {', '.join(sorted(str(d).removeprefix('torch.') for d in module.DTYPES))}, not {dtype}"
+    return None
+
+
+def select(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """Name of the backend that serves `op` for tensors of this device and dtype.
+
+    Raises:
+        BackendError: the backend asked for by name cannot serve the call.
+    """
+    if (name := forced_backend()) is not None:
+        if (reason := why_not(name, op, device_type, dtype)) is not None:
+            raise BackendError(f"backend {name!r} cannot serve {op}: {reason}; choose another or 'auto'")
+        return name
+    order = PREFERENCE.get(device_type, ("reference",))
+    return next(name for name in order if why_not(name, op, device_type, dtype) is None)
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> Any:
+    """Run `op` on the backend chosen for its main tensor: the implementation registered for every operator."""
+    main: torch.Tensor = args[1] if op.endswith("_backward") else args[0]
+    return BACKENDS[select(op, main.device.type, main.dtype)].KERNELS[op](*args, **kwargs)

@@ -1,0 +1,211 @@
+"""Plain PyTorch implementation of every operator: the definition of right, on any device and in float64 too.
+
+Written for reading. Arithmetic is in the compute dtype (float32, or float64 for float64 tensors); rounding is half to
+even; nothing here waits for the device except the label check, which is made on CPU tensors only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adadfq.errors import InvalidInputError
+
+NAME = "reference"
+DEVICE_TYPE = None
+DTYPES = None
+
+#: A batch whose every entropy is within this many nats of log K agrees completely: H' is 1 and its gradient bounded.
+FULL_AGREEMENT = 1e-6
+
+
+def why_unavailable() -> str | None:
+    """The reference needs nothing but PyTorch."""
+    return None
+
+
+def _compute(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_axis(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """View per-channel `values` so that they broadcast along `axis` of a tensor with `ndim` dimensions."""
+    if axis is None:
+        return values.reshape(())
+    return values.reshape([-1 if d == axis else 1 for d in range(ndim)])
+
+
+def qparams(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and int32 zero point of the asymmetric `bits`-bit quantiser over the range [lo, hi] widened to hold 0.
+
+    scale = (hi - lo) / (2^bits - 1), zero_point = round(-lo / scale). A range narrower than float32's smallest normal
+    number has scale 1 and zero point 0. A NaN or infinite end gives a NaN scale, so that it cannot pass unseen.
+    """
+    levels = 2**bits - 1
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    # Dividing each infinite end by itself would differ between devices: NaN is made explicit.
+    scale = (hi - lo) / levels
+    scale = torch.where(scale.isinf(), torch.nan, scale)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    zero_point = torch.round(-lo / scale).clamp(0, levels)
+    return scale, torch.nan_to_num(zero_point, nan=0.0).to(torch.int32)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """x_hat = (clamp(round(x / scale) + zero_point, 0, 2^bits - 1) - zero_point) * scale."""
+    scale = _per_axis(scale, x.dim(), axis)
+    zero_point = _per_axis(zero_point, x.dim(), axis).to(scale.dtype)
+    code = (torch.round(_compute(x) / scale) + zero_point).clamp(0, 2**bits - 1)
+    out = torch.empty_like(x)
+    return out.copy_((code - zero_point) * scale)
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
+) -> Tensor:
+    """Clipped straight-through estimator: the gradient where round(x / scale) + zero_point is a code, 0 elsewhere."""
+    scale = _per_axis(scale, x.dim(), axis)
+    zero_point = _per_axis(zero_point, x.dim(), axis).to(scale.dtype)
+    code = torch.round(_compute(x) / scale) + zero_point
+    inside = (code >= 0) & (code <= 2**bits - 1)
+    out = torch.empty_like(x)
+    return out.copy_(torch.where(inside, grad, torch.zeros_like(grad)))
+
+
+def dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake quantisation over each channel's own min/max; returns (x_hat, scale [C], zero_point [C])."""
+    channels = _compute(x).movedim(axis, 0).flatten(1) if x.dim() > 1 else _compute(x).reshape(-1, 1)
+    if channels.shape[1] == 0:
+        lo = hi = channels.new_zeros(channels.shape[0])
+    else:
+        lo, hi = channels.aminmax(dim=1)
+    scale, zero_point = qparams(lo, hi, bits)
+    return fake_quantize(x, scale, zero_point, bits, axis), scale, zero_point
+
+
+def _reduced_dims(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """MSE(mean, running_mean) + MSE(var, running_var) with the biased variance; returns (loss, mean [C], var [C])."""
+    var, mean = torch.var_mean(_compute(x), dim=_reduced_dims(x), correction=0)
+    loss = (mean - running_mean).square().mean() + (var - running_var).square().mean()
+    return loss, mean, var
+
+
+def bn_match_backward(
+    grad_loss: Tensor, x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
+) -> Tensor:
+    """dL/dx = g 2 / (C n) [(mean - running_mean) + 2 (var - running_var) (x - mean)], n elements a channel."""
+    factor = grad_loss * (2 / x.numel())
+    shift = _per_axis(factor * (mean - running_mean), x.dim(), 1)
+    slope = _per_axis(factor * 2 * (var - running_var), x.dim(), 1)
+    out = torch.empty_like(x)
+    return out.copy_(shift + slope * (_compute(x) - _per_axis(mean, x.dim(), 1)))
+
+
+def _entropy_deficit(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, log(K p), D) with p = softmax(logits) and D = log K - H(p), per row.
+
+    D is computed from centred logits c as sum p c - log mean exp c rather than by subtracting H from log K: the
+    subtraction loses every digit where teacher and student nearly agree, and H' is a ratio of such numbers.
+    """
+    classes = logits.shape[1]
+    centred = logits - logits.mean(1, keepdim=True)
+    p = torch.softmax(centred, 1)
+    # log1p/expm1 is exact where every |c| is small; for large c it would overflow.
+    small = torch.log1p(torch.expm1(centred.clamp(max=1)).mean(1, keepdim=True))
+    large = torch.logsumexp(centred, 1, keepdim=True) - math.log(classes)
+    log_mean_exp = torch.where(centred.amax(1, keepdim=True) < 1, small, large)
+    log_kp = centred - log_mean_exp
+    return p, log_kp, (p * log_kp).sum(1).clamp(0, math.log(classes))
+
+
+def _deficit_gradient(p: Tensor, log_kp: Tensor, deficit: Tensor) -> Tensor:
+    """dD/dlogits = p (log(K p) - D)."""
+    return p * (log_kp - deficit.unsqueeze(1))
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.device.type == "cpu":
+        outside = labels[(labels < 0) | (labels >= classes)]
+        if outside.numel():
+            raise InvalidInputError(f"labels must be in 0..{classes - 1}, got {int(outside[0])}")
+    else:
+        torch._assert_async(((labels >= 0) & (labels < classes)).all())
+
+
+def margin_loss(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    lambda_l: float,
+    lambda_u: float,
+    alpha_ds: float,
+    alpha_as: float,
+    beta: float,
+    detach_min: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, L_margin, L_ds, L_as, H' [B], d total/d teacher_logits, d total/d student_logits).
+
+    With D = log K - H, the normalised entropy is H' = 1 - D / max_b D, the same as (H - min H) / (log K - min H).
+    """
+    batch, classes = teacher_logits.shape
+    _check_labels(labels, classes)
+    teacher, student = _compute(teacher_logits), _compute(student_logits)
+    p_ds, log_kp, deficit = _entropy_deficit(teacher - student)
+    log_p_as = torch.log_softmax(teacher + student, 1)
+
+    largest = deficit.amax()
+    largest_floor = largest.clamp(min=FULL_AGREEMENT)
+    h_prime = 1 - deficit / largest_floor
+    margin = (lambda_l - h_prime).clamp(min=0).mean() + (h_prime - lambda_u).clamp(min=0).mean()
+    row_labels = labels.unsqueeze(1)
+    disagreement = math.log(classes) - log_kp.gather(1, row_labels).mean()
+    agreement = -log_p_as.gather(1, row_labels).mean()
+    total = margin + beta * (alpha_ds * disagreement + alpha_as * agreement)
+
+    grad_h = ((h_prime > lambda_u).to(deficit.dtype) - (h_prime < lambda_l).to(deficit.dtype)) / batch
+    grad_deficit = -grad_h / largest_floor
+    if not detach_min:
+        # The batch minimum of H is the maximum of D; ties share its gradient evenly, as torch.amin's backward does.
+        is_largest = (deficit == largest).to(deficit.dtype)
+        through_largest = (grad_h * deficit).sum() / largest_floor.square()
+        through_largest = torch.where(largest >= FULL_AGREEMENT, through_largest, 0)
+        grad_deficit = grad_deficit + is_largest / is_largest.sum() * through_largest
+    one_hot = torch.zeros_like(p_ds).scatter_(1, row_labels, 1)
+    grad_ds = grad_deficit.unsqueeze(1) * _deficit_gradient(p_ds, log_kp, deficit)
+    grad_ds = grad_ds + (beta * alpha_ds / batch) * (p_ds - one_hot)
+    grad_as = (beta * alpha_as / batch) * (log_p_as.exp() - one_hot)
+    return (
+        total,
+        margin,
+        disagreement,
+        agreement,
+        h_prime,
+        (grad_as + grad_ds).to(teacher_logits.dtype),
+        (grad_as - grad_ds).to(student_logits.dtype),
+    )
+
+
+def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(-T^2 mean_b H(softmax((t - q) / T)), its gradient with respect to the student's logits)."""
+    batch, classes = student_logits.shape
+    p, log_kp, deficit = _entropy_deficit((_compute(teacher_logits) - _compute(student_logits)) / temperature)
+    loss = temperature**2 * (deficit.mean() - math.log(classes))
+    grad = (-temperature / batch) * _deficit_gradient(p, log_kp, deficit)
+    return loss, grad.to(student_logits.dtype)
+
+
+KERNELS = {
+    "fake_quantize": fake_quantize,
+    "fake_quantize_backward": fake_quantize_backward,
+    "dynamic_fake_quantize": dynamic_fake_quantize,
+    "bn_match": bn_match,
+    "bn_match_backward": bn_match_backward,
+    "margin_loss": margin_loss,
+    "entropy_distillation": entropy_distillation,
+}

@@ -1,0 +1,128 @@
+"""Schema and fake (shape) implementation of every operator, once each.
+
+The real implementation of each operator is the dispatcher (:mod:`adadfq.ops.dispatch`): it is registered for every
+device and picks a backend when the operator runs, so tracing and ``torch.compile`` see one opaque operator whatever
+the backend. Gradients are attached in :mod:`adadfq.functional`; a backward that needs a kernel is an operator here.
+
+What every backend may rely on, because adadfq.functional sees to it: `bits` is in 2..8 and `axis` in 0..ndim-1; all
+tensors are on one device; `scale` has the compute dtype and `zero_point` is int32, both one-dimensional (one element
+when axis is None); the gradient, or the student's logits, have the dtype and shape of the main tensor; logits are
+[B, K] with B, K >= 1 and labels int64 [B]; running statistics have the compute dtype and shape [C]. Layout is free.
+
+Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales, statistics and losses
+have it. Outputs shaped like an input have its dtype and, where it is dense, its strides.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adadfq.ops import dispatch
+
+LIBRARY = torch.library.Library("adadfq", "DEF")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic is done in for tensors of `dtype`: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    channels = x.shape[axis]
+    scale = x.new_empty((channels,), dtype=compute_dtype(x.dtype))
+    return torch.empty_like(x), scale, x.new_empty((channels,), dtype=torch.int32)
+
+
+def _bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    channels = x.shape[1]
+    return x.new_empty((), dtype=dtype), x.new_empty((channels,), dtype=dtype), x.new_empty((channels,), dtype=dtype)
+
+
+def _bn_match_backward(
+    grad_loss: Tensor, x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _margin_loss(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    lambda_l: float,
+    lambda_u: float,
+    alpha_ds: float,
+    alpha_as: float,
+    beta: float,
+    detach_min: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(teacher_logits.dtype)
+    total, margin, disagreement, agreement = (teacher_logits.new_empty((), dtype=dtype) for _ in range(4))
+    h_prime = teacher_logits.new_empty((teacher_logits.shape[0],), dtype=dtype)
+    return (
+        total,
+        margin,
+        disagreement,
+        agreement,
+        h_prime,
+        teacher_logits.new_empty(teacher_logits.shape),
+        student_logits.new_empty(student_logits.shape),
+    )
+
+
+def _entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(teacher_logits.dtype)
+    return student_logits.new_empty((), dtype=dtype), student_logits.new_empty(student_logits.shape)
+
+
+#: operator name -> (signature, fake implementation)
+OPERATORS = {
+    "fake_quantize": (
+        "(Tensor x, Tensor scale, Tensor zero_point, int bits, int? axis=None) -> Tensor",
+        _fake_quantize,
+    ),
+    "fake_quantize_backward": (
+        "(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int bits, int? axis=None) -> Tensor",
+        _fake_quantize_backward,
+    ),
+    "dynamic_fake_quantize": (
+        "(Tensor x, int bits, int axis) -> (Tensor x_hat, Tensor scale, Tensor zero_point)",
+        _dynamic_fake_quantize,
+    ),
+    "bn_match": (
+        "(Tensor x, Tensor running_mean, Tensor running_var) -> (Tensor loss, Tensor mean, Tensor var)",
+        _bn_match,
+    ),
+    "bn_match_backward": (
+        "(Tensor grad_loss, Tensor x, Tensor mean, Tensor var, Tensor running_mean, Tensor running_var) -> Tensor",
+        _bn_match_backward,
+    ),
+    "margin_loss": (
+        "(Tensor teacher_logits, Tensor student_logits, Tensor labels, float lambda_l, float lambda_u, "
+        "float alpha_ds, float alpha_as, float beta, bool detach_min) -> (Tensor total, Tensor margin, "
+        "Tensor disagreement, Tensor agreement, Tensor h_prime, Tensor grad_teacher, Tensor grad_student)",
+        _margin_loss,
+    ),
+    "entropy_distillation": (
+        "(Tensor teacher_logits, Tensor student_logits, float temperature) -> (Tensor loss, Tensor grad_student)",
+        _entropy_distillation,
+    ),
+}
+
+for _name, (_signature, _fake) in OPERATORS.items():
+    LIBRARY.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(_name, partial(dispatch.call, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adadfq::{_name}", _fake, lib=LIBRARY)

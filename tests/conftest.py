@@ -1,0 +1,40 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import adadfq
+from adadfq.ops import dispatch
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN (or the largest integer), so that an element never written is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that serves CPU tensors, forced in turn. The native one must be there: it is never skipped."""
+    name = request.param
+    assert dispatch.BACKENDS[name].why_unavailable() is None
+    with adadfq.use_backend(name):
+        yield name
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Directory of real checkpoints and images, named by ADADFQ_TEST_DATA; tests that need it skip without it."""
+    if not (path := os.environ.get("ADADFQ_TEST_DATA")):
+        pytest.skip("ADADFQ_TEST_DATA does not name a directory of real data")
+    return Path(path)

@@ -1,0 +1,83 @@
+"""The method in float64 and plain PyTorch, written from the paper's formulas and sharing no code with the package.
+
+Everything is differentiable by autograd, so that gradients have an independent source too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def quantizer_range(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """scale and zero point over [lo, hi] widened to hold 0, in float64."""
+    lo = torch.minimum(lo.double(), torch.zeros((), dtype=torch.float64))
+    hi = torch.maximum(hi.double(), torch.zeros((), dtype=torch.float64))
+    scale = (hi - lo) / (2**bits - 1)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, torch.round(-lo / scale)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """x_hat in float64; scale and zero_point broadcast against x."""
+    code = torch.round(x.double() / scale.double()) + zero_point.double()
+    return (torch.clamp(code, 0, 2**bits - 1) - zero_point.double()) * scale.double()
+
+
+def tie_distance(x: Tensor, scale: Tensor) -> Tensor:
+    """Distance of x / scale from the nearest rounding tie, in steps."""
+    steps = x.double() / scale.double()
+    return (steps - torch.floor(steps) - 0.5).abs()
+
+
+def batch_norm_statistics_loss(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    channels = x.double().transpose(0, 1).reshape(x.shape[1], -1)
+    mean = channels.sum(1) / channels.shape[1]
+    var = ((channels - mean[:, None]) ** 2).sum(1) / channels.shape[1]
+    return ((mean - running_mean.double()) ** 2).mean() + ((var - running_var.double()) ** 2).mean()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    p = torch.exp(logits - torch.logsumexp(logits, 1, keepdim=True))
+    return -(p * (logits - torch.logsumexp(logits, 1, keepdim=True))).sum(1)
+
+
+def normalised_entropy(teacher: Tensor, student: Tensor, detach_min: bool) -> Tensor:
+    """H' = (H - min H) / (log K - min H). Undefined where every H is log K."""
+    h = entropy(teacher - student)
+    lowest = h.amin()
+    if detach_min:
+        lowest = lowest.detach()
+    return (h - lowest) / (math.log(teacher.shape[1]) - lowest)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    rows = torch.arange(len(labels))
+    return (torch.logsumexp(logits, 1) - logits[rows, labels]).mean()
+
+
+def margin_loss(
+    teacher: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    lambda_l: float,
+    lambda_u: float,
+    alpha_ds: float,
+    alpha_as: float,
+    beta: float,
+    detach_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, L_margin, L_ds, L_as, H')."""
+    h_prime = normalised_entropy(teacher, student, detach_min)
+    below = torch.where(h_prime < lambda_l, lambda_l - h_prime, torch.zeros_like(h_prime)).mean()
+    above = torch.where(h_prime > lambda_u, h_prime - lambda_u, torch.zeros_like(h_prime)).mean()
+    disagreement = cross_entropy(teacher - student, labels)
+    agreement = cross_entropy(teacher + student, labels)
+    total = below + above + beta * (alpha_ds * disagreement + alpha_as * agreement)
+    return total, below + above, disagreement, agreement, h_prime
+
+
+def student_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    return -(temperature**2) * entropy((teacher - student) / temperature).mean()
