@@ -1,0 +1,279 @@
+"""Drop-in quantised modules: QuantConv2d, QuantLinear, QuantAct.
+
+Weights are quantised per output channel over their min/max at every forward; activations per tensor over a moving
+average of the batch min/max. State_dict keys of the layers are ``weight`` and ``bias``, so a float checkpoint loads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from adadfq import checks, functional
+from adadfq.errors import InvalidInputError
+
+__all__ = ["QuantAct", "QuantConv2d", "QuantLinear", "QuantWeight", "activations", "frozen_ranges", "set_calibrating"]
+
+_Layer = TypeVar("_Layer", "QuantConv2d", "QuantLinear")
+
+
+def _adopt_parameters(layer: _Layer, source: nn.Module) -> _Layer:
+    """Give `layer`, built on the meta device, copies of the parameters of `source`."""
+    for name in ("weight", "bias"):
+        parameter = getattr(source, name)
+        if parameter is not None:
+            copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            setattr(layer, name, copy)
+    return layer.train(source.training)
+
+
+class QuantConv2d(nn.Conv2d):
+    """``nn.Conv2d`` whose weight is quantised per output channel at every forward.
+
+    Args:
+        weight_bits: width of the weight's codes, 2..8. All other arguments are those of :class:`torch.nn.Conv2d`.
+
+    Shape: input [N, C_in, H, W] or [C_in, H, W], as :class:`torch.nn.Conv2d`. The gradient reaches the float weight
+    unchanged (straight-through estimator).
+
+    Raises:
+        InvalidInputError: `weight_bits` outside 2..8.
+    """
+
+    def __init__(self, *args: Any, weight_bits: int = 8, **kwargs: Any) -> None:
+        checks.check_bits("weight_bits", weight_bits)
+        super().__init__(*args, **kwargs)
+        self.weight_bits = weight_bits
+
+    @classmethod
+    def from_float(cls, module: nn.Conv2d, weight_bits: int) -> QuantConv2d:
+        """A quantised layer with copies of the parameters of `module`.
+
+        Raises:
+            InvalidInputError: `module` is not exactly an ``nn.Conv2d`` (a subclass may compute something else), or
+                `weight_bits` is outside 2..8.
+        """
+        if type(module) is not nn.Conv2d:
+            raise InvalidInputError(f"QuantConv2d.from_float takes a torch.nn.Conv2d, got {type(module).__name__}")
+        layer = cls(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.bias is not None,
+            module.padding_mode,
+            device="meta",
+            weight_bits=weight_bits,
+        )
+        return _adopt_parameters(layer, module)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, _, _ = functional.dynamic_fake_quantize(self.weight, self.weight_bits, axis=0)
+        return self._conv_forward(input, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` whose weight is quantised per output feature at every forward.
+
+    Args:
+        weight_bits: width of the weight's codes, 2..8. All other arguments are those of :class:`torch.nn.Linear`.
+
+    Shape: input [..., in_features], as :class:`torch.nn.Linear`.
+
+    Raises:
+        InvalidInputError: `weight_bits` outside 2..8.
+    """
+
+    def __init__(self, *args: Any, weight_bits: int = 8, **kwargs: Any) -> None:
+        checks.check_bits("weight_bits", weight_bits)
+        super().__init__(*args, **kwargs)
+        self.weight_bits = weight_bits
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, weight_bits: int) -> QuantLinear:
+        """A quantised layer with copies of the parameters of `module`.
+
+        Raises:
+            InvalidInputError: `module` is not exactly an ``nn.Linear``, or `weight_bits` is outside 2..8.
+        """
+        if type(module) is not nn.Linear:
+            raise InvalidInputError(f"QuantLinear.from_float takes a torch.nn.Linear, got {type(module).__name__}")
+        layer = cls(
+            module.in_features, module.out_features, module.bias is not None, device="meta", weight_bits=weight_bits
+        )
+        return _adopt_parameters(layer, module)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, _, _ = functional.dynamic_fake_quantize(self.weight, self.weight_bits, axis=0)
+        return nn.functional.linear(input, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+
+
+class QuantWeight(nn.Module):
+    """Quantises a weight tensor given to it, per output channel (dim 0): for convolutions called as functions.
+
+    Raises:
+        InvalidInputError: `weight_bits` outside 2..8.
+    """
+
+    def __init__(self, weight_bits: int = 8) -> None:
+        super().__init__()
+        self.weight_bits = checks.check_bits("weight_bits", weight_bits)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return functional.dynamic_fake_quantize(weight, self.weight_bits, axis=0)[0]
+
+    def extra_repr(self) -> str:
+        return f"weight_bits={self.weight_bits}"
+
+
+class QuantAct(nn.Module):
+    """Quantises activations per tensor over a moving average of the batch min/max.
+
+    While calibrating (from construction until :meth:`freeze`) every forward, in train and in eval mode, moves the range
+    by the batch's min/max: after n batches the average weighs batch i by ``momentum ** (n - i)``, divided by the sum of
+    those weights, so that it is unbiased from the first batch on. Once frozen the range stands still. The state,
+    including whether it is frozen, is in buffers of fixed shape (all scalars, kept in float32 whatever the model is
+    cast to): running_min, running_max, num_batches, scale, zero_point, calibrating.
+
+    Args:
+        act_bits: width of the codes, 2..8.
+        momentum: weight of the past, 0 <= momentum < 1; the paper's 0.9 by default.
+
+    Raises:
+        InvalidInputError: an argument is out of range.
+    """
+
+    running_min: Tensor
+    running_max: Tensor
+    num_batches: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, act_bits: int = 8, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.act_bits = checks.check_bits("act_bits", act_bits)
+        if checks.check_number("momentum", momentum, 0, 1) == 1:
+            raise InvalidInputError("momentum must be below 1, got 1: the range would never move")
+        self.momentum = float(momentum)
+        self.register_buffer("running_min", torch.zeros(()))
+        self.register_buffer("running_max", torch.zeros(()))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("calibrating", torch.ones((), dtype=torch.bool))
+        # Read at every forward, where reading the buffer would wait for the device.
+        self._calibrating = True
+
+    def set_calibrating(self, enabled: bool) -> QuantAct:
+        """Move the range at every forward, or not. Unlike :meth:`freeze` it asks nothing of the range."""
+        self._calibrating = bool(enabled)
+        self.calibrating.fill_(bool(enabled))
+        return self
+
+    def check_range(self) -> None:
+        """Raise :class:`InvalidInputError` if no batch was seen yet or the range is not finite. Waits for the device."""
+        if int(self.num_batches) == 0:
+            raise InvalidInputError("QuantAct cannot be frozen before it has seen a batch: run a forward first")
+        if not math.isfinite(float(self.scale)):
+            raise InvalidInputError(
+                f"QuantAct cannot be frozen over the range {float(self.running_min)}..{float(self.running_max)}: "
+                "the activations held NaN or infinity"
+            )
+
+    def freeze(self) -> QuantAct:
+        """Stop moving the range. Waits for the device once.
+
+        Raises:
+            InvalidInputError: as :meth:`check_range`.
+        """
+        self.check_range()
+        return self.set_calibrating(False)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Move the range by the min/max of `x`, a non-empty floating tensor."""
+        if x.numel() == 0:
+            raise InvalidInputError(f"QuantAct cannot calibrate on an empty batch, got shape {list(x.shape)}")
+        lo, hi = torch.aminmax(x.detach())
+        self.num_batches.add_(1)
+        # (1 - m) / (1 - m^n): the debiased weight of batch n, exactly 1 for the first.
+        log_momentum = torch.full_like(self.running_min, math.log(self.momentum) if self.momentum else -math.inf)
+        rate = torch.expm1(log_momentum) / torch.expm1(log_momentum * self.num_batches)
+        self.running_min.lerp_(lo.to(self.running_min.dtype), rate)
+        self.running_max.lerp_(hi.to(self.running_max.dtype), rate)
+        scale, zero_point = functional.qparams(self.running_min, self.running_max, self.act_bits)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._calibrating:
+            self.observe(input)
+        return functional.fake_quantize(input, self.scale, self.zero_point, self.act_bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantAct:
+        # Casting a model to half precision must not round its ranges: move them, keep their dtype.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.calibrating.device.type != "meta":
+            self._calibrating = bool(self.calibrating)
+
+    def extra_repr(self) -> str:
+        return f"act_bits={self.act_bits}, momentum={self.momentum}, calibrating={self._calibrating}"
+
+
+def activations(model: nn.Module) -> dict[str, QuantAct]:
+    """Every :class:`QuantAct` of `model` by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantAct)}
+
+
+def set_calibrating(model: nn.Module, enabled: bool) -> None:
+    """Make every :class:`QuantAct` of `model` calibrate, or freeze them all.
+
+    Raises:
+        InvalidInputError: freezing, and one of them has no range or one that is not finite; it is named and none is
+            changed.
+    """
+    found = activations(model)
+    if not enabled:
+        for name, module in found.items():
+            try:
+                module.check_range()
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{name or 'model'}: {error}") from None
+    for module in found.values():
+        module.set_calibrating(enabled)
+
+
+@contextmanager
+def frozen_ranges(model: nn.Module) -> Iterator[None]:
+    """Run forwards inside the block without moving any activation range of `model`."""
+    moving = [module for module in activations(model).values() if module._calibrating]
+    for module in moving:
+        module.set_calibrating(False)
+    try:
+        yield
+    finally:
+        for module in moving:
+            module.set_calibrating(True)

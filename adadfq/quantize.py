@@ -1,0 +1,381 @@
+"""quantize(): a float model -> a quantised copy, through torch.fx, or by swapping modules where tracing fails."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from adadfq import checks
+from adadfq.errors import InvalidInputError
+from adadfq.models.build import model_spec
+from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight
+from adadfq.report import Report, ReportRow
+
+__all__ = ["QuantInfo", "module_bits", "quantize", "quantized_info", "report", "set_module_bits"]
+
+_LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_QUANTIZED = (QuantConv2d, QuantLinear, QuantWeight, QuantAct)
+_RELU_MODULES = (nn.ReLU, nn.ReLU6)
+_RELU_FUNCTIONS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
+_RELU_METHODS = {"relu", "relu_"}
+_WEIGHT_FUNCTIONS = {F.conv2d, torch.conv2d, F.linear}
+
+#: Weighted or non-linear functions and methods that a reader of the report would look for.
+_FLOAT_FUNCTIONS = {
+    F.conv1d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear, F.embedding,
+    torch.conv1d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+    torch.matmul, torch.bmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
+    F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.softplus,
+    F.sigmoid, F.tanh, F.prelu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax, torch.clamp,
+}  # fmt: skip
+_FLOAT_METHODS = {"sigmoid", "tanh", "softmax", "clamp", "matmul", "bmm", "clamp_", "sigmoid_", "tanh_"}
+_FLOAT_ACTIVATIONS = (
+    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
+    nn.Hardtanh, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Softmax,
+)  # fmt: skip
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+_ONLY_LAYERS = "only Conv2d and Linear layers are quantised"
+_ONLY_RELU = "only ReLU and ReLU6 outputs are quantised"
+#: Name of the container that holds the activation quantisers of a traced model.
+_ACT, _WEIGHT = "act_quant", "weight_quant"
+
+
+@dataclass(frozen=True)
+class QuantInfo:
+    """What :func:`quantize` did: enough to do it again and to report it."""
+
+    weight_bits: int
+    act_bits: int
+    model: dict[str, Any] | None
+    """How the float model was built (:func:`adadfq.models.build.model_spec`), or None if unknown."""
+    report: Report
+
+
+def quantize(model: nn.Module, weight_bits: int = 4, act_bits: int = 4) -> nn.Module:
+    """A copy of `model` with quantised weights and activations; the original is untouched.
+
+    Every Conv2d and Linear weight is quantised per output channel, every output of ReLU and ReLU6 (module, function or
+    method; each call has a range of its own) per tensor. State_dict keys of the float model are kept. The activation
+    quantisers start out calibrating: run a few forwards, or train, then freeze them
+    (:func:`adadfq.nn.set_calibrating`).
+
+    The model is traced by torch.fx in eval mode, so control flow that depends on ``training`` is settled for
+    evaluation, and branches not reached then are absent from the copy. A model that cannot be traced has its modules
+    swapped instead, with a warning: functional activations and convolutions then stay in float. :func:`report` lists
+    everything that was and was not quantised.
+
+    Args:
+        model: float network with finite weights.
+        weight_bits: 2..8.
+        act_bits: 2..8.
+
+    Returns:
+        The quantised copy, on the same device, in the train or eval mode of `model`. A ``torch.fx.GraphModule`` where
+        tracing succeeded.
+
+    Raises:
+        InvalidInputError: bits out of range, not a module, already quantised, nothing to quantise, uninitialised lazy
+            modules, or NaN or infinite weights.
+    """
+    checks.check_bits("weight_bits", weight_bits)
+    checks.check_bits("act_bits", act_bits)
+    _check_model(model)
+    training = model.training
+    float_copy = copy.deepcopy(model).eval()
+    try:
+        graph = _Tracer().trace(float_copy)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        warnings.warn(
+            f"{type(model).__name__} cannot be traced by torch.fx ({reason}); its modules are swapped instead and "
+            "functional activations stay in float: see adadfq.report()",
+            stacklevel=2,
+        )
+        student, rows = _swap_modules(float_copy, weight_bits, act_bits, reason)
+        method = "module swap"
+    else:
+        student, rows = _rewrite(float_copy, graph, weight_bits, act_bits)
+        method = "torch.fx"
+    if not any(isinstance(module, (QuantConv2d, QuantLinear, QuantWeight)) for module in student.modules()):
+        raise InvalidInputError(f"{type(model).__name__} has no Conv2d or Linear layer to quantise")
+    _attach(student, QuantInfo(weight_bits, act_bits, model_spec(model), Report(tuple(rows), method)))
+    return student.train(training)
+
+
+def report(model: nn.Module) -> Report:
+    """What `model` quantises and what it leaves in float, and why.
+
+    For a model made by :func:`quantize`, its record with the present bits; for any other, its modules as they stand.
+    """
+    info = quantized_info(model)
+    if info is None:
+        rows = [_module_row(name, module) for name, module in model.named_modules()]
+        return Report(tuple(row for row in rows if row is not None), "modules as they stand")
+    bits = module_bits(model)
+    rows = [replace(row, bits=bits[row.quantizer]) if row.quantizer else row for row in info.report.rows]
+    return replace(info.report, rows=tuple(rows))
+
+
+def module_bits(model: nn.Module) -> dict[str, int]:
+    """Width of every quantising module of `model`, by path."""
+    return {
+        name: module.act_bits if isinstance(module, QuantAct) else module.weight_bits
+        for name, module in model.named_modules()
+        if isinstance(module, _QUANTIZED)
+    }
+
+
+def set_module_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Set the width of quantising modules by path, as :func:`module_bits` gives them.
+
+    Raises:
+        InvalidInputError: a path that is no quantising module, or bits out of range; nothing is changed.
+    """
+    known = module_bits(model)
+    for name, value in bits.items():
+        if name not in known:
+            raise InvalidInputError(f"{name!r} is not a quantising module of the model")
+        checks.check_bits(f"bits of {name}", value)
+    for name, value in bits.items():
+        module = model.get_submodule(name)
+        setattr(module, "act_bits" if isinstance(module, QuantAct) else "weight_bits", value)
+
+
+def quantized_info(model: nn.Module) -> QuantInfo | None:
+    """The record :func:`quantize` left on `model`; None for a model it did not make."""
+    store = model.meta if isinstance(model, fx.GraphModule) else vars(model)
+    info = store.get("adadfq_info")
+    return info if isinstance(info, QuantInfo) else None
+
+
+def _attach(model: nn.Module, info: QuantInfo) -> None:
+    # GraphModule.__deepcopy__ keeps `meta` but drops plain attributes.
+    if isinstance(model, fx.GraphModule):
+        model.meta["adadfq_info"] = info
+    else:
+        model.adadfq_info = info
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, _QUANTIZED):
+            raise InvalidInputError(f"model is already quantised ({name} is a {type(module).__name__})")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InvalidInputError(f"{name} is not initialised: run one forward of the float model first")
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if bad := [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise InvalidInputError(f"weights must be finite, got NaN or infinity in {', '.join(bad[:5])}{more}")
+
+
+def _module_row(path: str, module: nn.Module) -> ReportRow | None:
+    """The report's row for a leaf module, or None if nobody would look for it there."""
+    kind = type(module).__name__
+    if isinstance(module, QuantAct):
+        return ReportRow(path, kind, module.act_bits, quantizer=path)
+    if isinstance(module, (QuantConv2d, QuantLinear, QuantWeight)):
+        return ReportRow(path, kind, module.weight_bits, quantizer=path)
+    if isinstance(module, _RELU_MODULES):
+        return ReportRow(path, kind, None, "no quantiser after it")
+    if isinstance(module, _FLOAT_ACTIVATIONS):
+        return ReportRow(path, kind, None, _ONLY_RELU)
+    if isinstance(module, _NORMS):
+        return None
+    if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        return ReportRow(path, kind, None, f"not converted; {_ONLY_LAYERS}")
+    return None
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic tracing that records, for every call, the module it is made in."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        stack = list(getattr(self, "module_stack", {}).values())
+        node.meta["adadfq_caller"] = str(stack[-1][0]) if stack else ""
+        return node
+
+
+def _location(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    caller = node.meta.get("adadfq_caller", "")
+    return f"{caller}: {name}()" if caller else f"{name}()"
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _RELU_MODULES)
+    if node.op == "call_function":
+        return node.target in _RELU_FUNCTIONS
+    return node.op == "call_method" and node.target in _RELU_METHODS
+
+
+def _is_inplace(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if _function_name(node).endswith("_"):
+        return True
+    position = 1  # relu(input, inplace)
+    return bool(node.kwargs.get("inplace", len(node.args) > position and node.args[position]))
+
+
+class _Rewriter:
+    """Puts quantisers into a traced graph and writes the report as it goes."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, weight_bits: int, act_bits: int) -> None:
+        self.root, self.graph = root, graph
+        self.weight_bits, self.act_bits = weight_bits, act_bits
+        self.modules = dict(root.named_modules())
+        self.rows: list[ReportRow] = []
+        self.converted: dict[nn.Module, nn.Module] = {}
+        for name in (_ACT, _WEIGHT):
+            if hasattr(root, name):
+                raise InvalidInputError(f"the model has an attribute {name!r}, which adadfq needs; rename it")
+        self.acts, self.weights = nn.ModuleList(), nn.ModuleList()
+
+    def run(self) -> tuple[fx.GraphModule, list[ReportRow]]:
+        for node in list(self.graph.nodes):
+            if node.op == "call_module":
+                self._module(node)
+            elif node.op in ("call_function", "call_method"):
+                self._function(node)
+        for name, container in ((_ACT, self.acts), (_WEIGHT, self.weights)):
+            if len(container):
+                self.root.add_module(name, container)
+        student = fx.GraphModule(self.root, self.graph, type(self.root).__name__)
+        self._unreached(student)
+        return student, self.rows
+
+    def _module(self, node: fx.Node) -> None:
+        path = str(node.target)
+        module = self.modules[path]
+        if type(module) in _LAYERS:
+            if module not in self.converted:
+                self.converted[module] = _converted_layer(module, self.weight_bits)
+                self.rows.append(ReportRow(path, type(module).__name__, self.weight_bits, quantizer=path))
+            self.root.set_submodule(path, self.converted[module])
+        elif isinstance(module, _RELU_MODULES):
+            self._quantise_output(node, type(module).__name__)
+        elif (row := _leaf_row(path, module)) is not None and all(r.where != path for r in self.rows):
+            self.rows.append(row)
+
+    def _function(self, node: fx.Node) -> None:
+        name = _function_name(node)
+        if _is_relu(node, self.modules):
+            self._quantise_output(node, name)
+        elif node.op == "call_function" and node.target in _WEIGHT_FUNCTIONS:
+            self._quantise_weight(node, name)
+        elif (node.op == "call_function" and node.target in _FLOAT_FUNCTIONS) or (
+            node.op == "call_method" and node.target in _FLOAT_METHODS
+        ):
+            self.rows.append(ReportRow(_location(node), name, None, f"{_ONLY_LAYERS}, and {_ONLY_RELU}"))
+
+    def _quantise_output(self, node: fx.Node, kind: str) -> None:
+        # In place, later readers of the input see the activation's output: they must see the quantised one.
+        stale = [node]
+        if _is_inplace(node, self.modules):
+            stale.append(node.args[0] if node.args else node.kwargs["input"])
+        readers = [n for source in stale for n in source.users if node < n]
+        target = f"{_ACT}.{len(self.acts)}"
+        self.acts.append(QuantAct(self.act_bits))
+        with self.graph.inserting_after(node):
+            quantised = self.graph.create_node("call_module", target, (node,), {})
+        for reader in readers:
+            for source in stale:
+                reader.replace_input_with(source, quantised)
+        self.rows.append(ReportRow(_location(node), kind, self.act_bits, quantizer=target))
+
+    def _quantise_weight(self, node: fx.Node, kind: str) -> None:
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
+            reason = "its weight is computed in the forward pass, not a parameter"
+            self.rows.append(ReportRow(_location(node), kind, None, reason))
+            return
+        target = f"{_WEIGHT}.{len(self.weights)}"
+        self.weights.append(QuantWeight(self.weight_bits))
+        with self.graph.inserting_before(node):
+            quantised = self.graph.create_node("call_module", target, (weight,), {})
+        node.replace_input_with(weight, quantised)
+        self.rows.append(ReportRow(str(weight.target), kind, self.weight_bits, quantizer=target))
+
+    def _unreached(self, student: fx.GraphModule) -> None:
+        kept = {name for name, _ in student.named_parameters(remove_duplicate=False)}
+        for path, module in self.modules.items():
+            names = [n for n, _ in module.named_parameters(prefix=path, recurse=False)]
+            if names and not kept.intersection(names):
+                reason = "not reached by the forward pass in eval mode; absent from the quantised model"
+                self.rows.append(ReportRow(path, type(module).__name__, None, reason))
+
+
+def _rewrite(
+    root: nn.Module, graph: fx.Graph, weight_bits: int, act_bits: int
+) -> tuple[fx.GraphModule, list[ReportRow]]:
+    device = next((p.device for p in root.parameters()), torch.device("cpu"))
+    student, rows = _Rewriter(root, graph, weight_bits, act_bits).run()
+    return student.to(device), rows
+
+
+def _converted_layer(module: nn.Module, weight_bits: int) -> nn.Module:
+    layer = _LAYERS[type(module)].from_float(module, weight_bits)
+    # The copy's own parameters, so that parameters tied to other layers stay tied.
+    layer.weight, layer.bias = module.weight, module.bias
+    return layer
+
+
+def _leaf_row(path: str, module: nn.Module) -> ReportRow | None:
+    if isinstance(module, _FLOAT_ACTIVATIONS):
+        return ReportRow(path, type(module).__name__, None, _ONLY_RELU)
+    if isinstance(module, _NORMS):
+        return None
+    if any(p.dim() > 1 for p in module.parameters()):
+        reason = _ONLY_LAYERS
+        if isinstance(module, tuple(_LAYERS)):
+            reason = f"a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'} may compute anything"
+        return ReportRow(path, type(module).__name__, None, reason)
+    return None
+
+
+def _swap_modules(
+    root: nn.Module, weight_bits: int, act_bits: int, why_untraced: str
+) -> tuple[nn.Module, list[ReportRow]]:
+    """Replace layers and ReLU modules where they stand; a ReLU module called twice has one range for both calls."""
+    rows = [ReportRow("functions called in forward", "?", None, f"unseen: not traceable ({why_untraced})")]
+    replaced: dict[nn.Module, nn.Module] = {}
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        new = replaced.get(module)
+        if new is None:
+            kind = type(module).__name__
+            if type(module) in _LAYERS:
+                new = _converted_layer(module, weight_bits)
+                rows.append(ReportRow(path, kind, weight_bits, quantizer=path))
+            elif isinstance(module, _RELU_MODULES):
+                new = nn.Sequential(module, QuantAct(act_bits))
+                rows.append(ReportRow(path, kind, act_bits, quantizer=f"{path}.1"))
+            else:
+                row = _leaf_row(path, module) if not list(module.children()) else None
+                rows.extend([row] if row is not None else [])
+                continue
+            replaced[module] = new
+        if not path:
+            root = new
+        else:
+            root.set_submodule(path, new)
+    return root, rows
