@@ -1,0 +1,203 @@
+"""The game: one step against the oracle in float64, and what a step computes."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as torch_F
+from toy import toy_recipe, toy_teacher
+
+import adadfq
+from adadfq.game import METRICS, BatchNormMatch, Game
+from adadfq.generator import ConditionalGenerator, LabelEmbeddingGenerator, build_generator
+from adadfq.nn import set_calibrating
+
+
+def _players(dtype: torch.dtype = torch.float64, **settings: object) -> tuple[nn.Module, nn.Module, nn.Module, Game]:
+    torch.manual_seed(0)
+    recipe = toy_recipe(**settings)
+    teacher = toy_teacher().to(dtype).eval()
+    student = adadfq.quantize(teacher, 3, 3)
+    generator = build_generator(recipe).to(dtype)
+    student(torch.randn(8, 3, 8, 8, dtype=dtype))
+    set_calibrating(student, False)
+    teacher.requires_grad_(False)
+    game = Game(
+        teacher,
+        student,
+        generator,
+        recipe,
+        torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.999)),
+        torch.optim.SGD(student.parameters(), lr=1e-2, momentum=0.9, nesterov=True, weight_decay=1e-4),
+    )
+    return teacher, student, generator, game
+
+
+class _Rounding(torch.autograd.Function):
+    """The oracle's quantiser with the straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:  # type: ignore[no-untyped-def]
+        return oracle.quantize(x, scale, zero_point, bits)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad, None, None, None
+
+
+def _oracle_student(teacher: nn.Module, parameters: dict[str, Tensor], student: nn.Module, x: Tensor) -> Tensor:
+    """The toy network's forward, written out, with rounded weights and the student's frozen ranges."""
+    acts = iter(student.act_quant.children())
+
+    def layer(name: str) -> Tensor:
+        weight = parameters[f"{name}.weight"]
+        rows = weight.detach().flatten(1)
+        scale, zero_point = oracle.quantizer_range(rows.amin(1), rows.amax(1), 3)
+        shape = [-1] + [1] * (weight.dim() - 1)
+        return _Rounding.apply(weight, scale.reshape(shape), zero_point.reshape(shape), 3)
+
+    def block(x: Tensor, conv: str, bn: str) -> Tensor:
+        norm = teacher.get_submodule(bn)
+        x = torch_F.conv2d(x, layer(conv), padding=1)
+        x = (x - norm.running_mean[:, None, None]) / torch.sqrt(norm.running_var[:, None, None] + norm.eps)
+        x = x * parameters[f"{bn}.weight"][:, None, None] + parameters[f"{bn}.bias"][:, None, None]
+        act = next(acts)
+        return _Rounding.apply(x.clamp(min=0), act.scale, act.zero_point, 3)
+
+    x = block(x, "conv1", "bn1")
+    x = block(x, "conv2", "bn2")
+    return torch_F.linear(x.mean((2, 3)), layer("linear"), parameters["linear.bias"])
+
+
+@pytest.mark.parametrize("detach_min", [False, True])
+@pytest.mark.parametrize("generator", ["label_embedding", "conditional_bn"])
+def test_one_step_equals_the_oracle(generator: str, detach_min: bool) -> None:
+    teacher, student, made, game = _players(generator=generator, detach_min=detach_min, lambda_l=0.4, lambda_u=0.6)
+    recipe = game.recipe
+    noise = torch.randn(recipe.batch_size, recipe.latent_dim, dtype=torch.float64)
+    labels = torch.randint(10, (recipe.batch_size,))
+    twin = copy.deepcopy(made)
+    parameters = {k: v.detach().clone().requires_grad_() for k, v in student.named_parameters()}
+    seen: list[Tensor] = []
+    hooks = [
+        norm.register_forward_pre_hook(
+            lambda m, args: seen.append(oracle.batch_norm_statistics_loss(args[0], m.running_mean, m.running_var))
+        )
+        for norm in (teacher.bn1, teacher.bn2)
+    ]
+    images = twin(noise, labels)
+    t = teacher(images)
+    for hook in hooks:
+        hook.remove()
+    q = _oracle_student(teacher, parameters, student, images)
+    total, margin, ds, as_, h_prime = oracle.margin_loss(
+        t, q, labels, 0.4, 0.6, recipe.alpha_ds, recipe.alpha_as, recipe.beta, detach_min
+    )
+    bns = torch.stack(seen).mean()
+    loss_g = total + recipe.gamma * bns
+    loss_q = oracle.student_loss(t.detach(), q, recipe.temperature)
+    want_g = torch.autograd.grad(loss_g, list(twin.parameters()), retain_graph=True)
+    want_q = torch.autograd.grad(loss_q, list(parameters.values()))
+
+    metrics = dict(zip(METRICS, game.step(noise, labels, train_student=True).tolist(), strict=True))
+    for got, want in zip(made.parameters(), want_g, strict=True):
+        torch.testing.assert_close(got.grad, want, rtol=1e-7, atol=1e-10)
+    for (_, got), want in zip(student.named_parameters(), want_q, strict=True):
+        torch.testing.assert_close(got.grad, want, rtol=1e-7, atol=1e-10)
+    expected = {
+        "loss_generator": loss_g,
+        "loss_margin": margin,
+        "loss_ds": ds,
+        "loss_as": as_,
+        "loss_bns": bns,
+        "loss_student": loss_q,
+        "h_prime": h_prime.mean(),
+        "agreement": (t.argmax(1) == q.argmax(1)).double().mean(),
+        "teacher_accuracy": (t.argmax(1) == labels).double().mean(),
+    }
+    assert metrics == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+
+
+def _calls(train_student: bool) -> dict[str, int]:
+    _, _, _, game = _players(torch.float32)
+    noise, labels = torch.randn(8, 16), torch.arange(8)
+    forwards = {"teacher": 0, "student": 0, "generator": 0}
+    for name in forwards:
+
+        def count(*_: object, name: str = name) -> None:
+            forwards[name] += 1
+
+        getattr(game, name).register_forward_hook(count)
+    with torch.profiler.profile() as profile:
+        game.step(noise, labels, train_student)
+    events = {e.key: e.count for e in profile.key_averages()}
+    return {**forwards, "conv_backward": events["aten::convolution_backward"], "conv": events["aten::convolution"]}
+
+
+def test_a_step_runs_each_network_once_and_no_needless_gradient() -> None:
+    # Two convolutions in the networks, three in the generator.
+    assert _calls(True) == {"teacher": 1, "student": 1, "generator": 1, "conv": 7, "conv_backward": 3 + 2 + 2 + 2}
+    assert _calls(False) == {"teacher": 1, "student": 1, "generator": 1, "conv": 7, "conv_backward": 3 + 2 + 2}
+
+
+def test_the_generators_loss_computes_no_weight_gradient_of_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from the output masks convolution_backward is called with."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    masks: list[tuple[bool, bool]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten.convolution_backward.default:
+                masks.append((args[-1][0], args[-1][1]))
+            return func(*args, **(kwargs or {}))
+
+    _, _, _, game = _players(torch.float32)
+    with Watch():
+        game.step(torch.randn(8, 16), torch.arange(8), train_student=True)
+    image_gradient_only, weight_gradient_only, both = (True, False), (False, True), (True, True)
+    # L_G: teacher 2 and student 2 to the image, generator 3 with weights. L_Q: one inner layer, one first layer.
+    assert masks.count(image_gradient_only) == 4
+    assert masks.count(both) == 3 + 1
+    assert masks.count(weight_gradient_only) == 1
+
+
+def test_warm_up_leaves_the_student_alone() -> None:
+    _, student, generator, game = _players(torch.float32)
+    before = copy.deepcopy(student.state_dict()), copy.deepcopy(generator.state_dict())
+    game.step(torch.randn(8, 16), torch.arange(8), train_student=False)
+    assert all(torch.equal(v, before[0][k]) for k, v in student.state_dict().items())
+    assert any(not torch.equal(v, before[1][k]) for k, v in generator.state_dict().items())
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_teacher_without_batch_norm_is_refused() -> None:
+    with pytest.raises(adadfq.InvalidInputError, match="has no BatchNorm layer with running statistics"):
+        BatchNormMatch(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    with pytest.raises(adadfq.InvalidInputError, match="has no BatchNorm"):
+        BatchNormMatch(nn.BatchNorm2d(3, track_running_stats=False))
+
+
+@pytest.mark.parametrize("make", [LabelEmbeddingGenerator, ConditionalGenerator])
+@pytest.mark.parametrize("size,channels", [(32, 3), (8, 1)])
+def test_generators(make: type[nn.Module], size: int, channels: int) -> None:
+    torch.manual_seed(0)
+    generator = make(10, size, channels, latent_dim=12)
+    noise = torch.randn(4, 12)
+    images = generator(noise, torch.arange(4))
+    assert images.shape == (4, channels, size, size)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.var((0, 2, 3), correction=0), torch.ones(channels), atol=1e-2, rtol=0)
+    images.square().mean().backward()
+    assert all(p.grad is not None for p in generator.parameters())
+    with torch.no_grad():
+        for name, p in generator.named_parameters():
+            if "label_embedding" in name or ".weight.weight" in name:
+                p.add_(torch.randn_like(p))
+    assert not torch.equal(generator(noise, torch.zeros(4, dtype=torch.int64)), generator(noise, torch.arange(4)))
+    with pytest.raises(adadfq.InvalidInputError, match="image_size must be a positive multiple of 4, got 30"):
+        make(10, 30)
