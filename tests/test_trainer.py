@@ -1,0 +1,277 @@
+"""Trainer: schedule, determinism, interruption, what is written, and refusal of what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from toy import ToyNet, toy_recipe, toy_teacher
+
+import adadfq
+from adadfq.game import METRICS
+from adadfq.nn import activations
+from adadfq.result import load_teacher, read_result
+
+
+def _trainer(**options: object) -> adadfq.Trainer:
+    settings = {k: options.pop(k) for k in list(options) if k not in ("seed", "on_epoch_end", "generator")}
+    teacher = toy_teacher()
+    return adadfq.Trainer(teacher, adadfq.quantize(teacher, 4, 4), toy_recipe(**settings), progress=False, **options)
+
+
+def _same(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def test_a_seed_is_a_result() -> None:
+    torch.manual_seed(5)
+    first = _trainer(seed=3).fit()
+    torch.manual_seed(6)
+    state = torch.random.get_rng_state()
+    second, third = _trainer(seed=3).fit(), _trainer(seed=4).fit()
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert _same(first.student, second.student) and not _same(first.student, third.student)
+    assert first.metrics == second.metrics and first.status == "complete" and first.steps == 12
+
+
+def test_the_teacher_and_its_flags_are_left_alone() -> None:
+    teacher = toy_teacher().train()
+    before = copy.deepcopy(teacher.state_dict())
+    adadfq.Trainer(teacher, adadfq.quantize(teacher), toy_recipe(), progress=False).fit()
+    assert teacher.training and all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_phases() -> None:
+    """Ranges move in the calibration epochs only, weights after the warm-up only, BatchNorm statistics never."""
+    history = []
+
+    def record(epoch: int, trainer: adadfq.Trainer) -> None:
+        history.append(copy.deepcopy(trainer.student.state_dict()))
+
+    trainer = _trainer(epochs=4, warmup_epochs=2, calibration_epochs=3, on_epoch_end=record)
+    history.append(copy.deepcopy(trainer.student.state_dict()))
+    trainer.fit()
+
+    def moved(key: str) -> list[bool]:
+        return [not torch.equal(a[key], b[key]) for a, b in itertools.pairwise(history)]
+
+    assert moved("act_quant.0.running_max") == [True, True, True, False]
+    assert moved("conv1.weight") == [False, False, True, True]
+    assert moved("bn1.weight") == [False, False, True, True]
+    assert moved("bn1.running_mean") == [False] * 4
+    assert all(not bool(a.calibrating) for a in activations(trainer.student).values())
+
+
+def test_learning_rates_step_down_at_the_milestones() -> None:
+    rates = []
+
+    def record(epoch: int, trainer: adadfq.Trainer) -> None:
+        rates.append([o.param_groups[0]["lr"] for o in (trainer.optimizer_generator, trainer.optimizer_student)])
+
+    _trainer(epochs=4, lr_milestones=(2, 3), on_epoch_end=record).fit()
+    expected = [[1e-3 * f, 1e-2 * f] for f in (1, 1, 0.1, 0.01)]
+    assert rates == [pytest.approx(row) for row in expected]
+
+
+def test_training_brings_the_student_nearer_to_the_teacher() -> None:
+    means: list[float] = []
+    trainer = _trainer(epochs=16, steps_per_epoch=25, warmup_epochs=4, lr_student=3e-3, calibration_epochs=4)
+    teacher, x = trainer.teacher, torch.randn(256, 3, 8, 8)
+
+    def record(epoch: int, trainer: adadfq.Trainer) -> None:
+        if epoch >= 3:
+            with torch.no_grad():
+                gap = torch.log_softmax(trainer.student(x), 1) - torch.log_softmax(teacher(x), 1)
+                means.append(float(gap.abs().mean()))
+
+    trainer.on_epoch_end = record
+    trainer.fit()
+    assert means[-1] < 0.7 * means[0]
+
+
+def test_a_run_is_written_and_loads(tmp_path: Path) -> None:
+    teacher = adadfq.build_model("resnet20")
+    recipe = toy_recipe(image_size=16, batch_size=4, steps_per_epoch=2, lr_student=1e-4)
+    student = adadfq.quantize(teacher, 3, 5)
+    result = adadfq.Trainer(teacher, student, recipe, seed=2, progress=False).fit(tmp_path / "run")
+    files = {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"}
+    weights = {f"{n}.safetensors" for n in ("student", "teacher", "generator")}
+    assert files == {"result.json", "metrics.jsonl", *weights}
+    loaded, x = adadfq.load(tmp_path / "run"), torch.randn(3, 3, 16, 16)
+    assert _same(loaded, result.student) and torch.equal(loaded(x), result.student(x)) and not loaded.training
+    assert _same(load_teacher(tmp_path / "run"), teacher)
+    saved = read_result(tmp_path / "run")
+    assert saved["status"] == "complete" and saved["seed"] == 2 and saved["steps"] == 6
+    assert adadfq.Recipe.from_dict(saved["recipe"]) == recipe
+    assert (saved["quantization"]["weight_bits"], saved["quantization"]["act_bits"]) == (3, 5)
+    assert saved["report"] == adadfq.report(student).to_dict() and saved["metrics"] == result.metrics
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6)) and set(lines[0]) == {"step", "epoch", *METRICS}
+
+
+def test_a_model_of_unknown_make_loads_with_an_instance(tmp_path: Path) -> None:
+    result = _trainer().fit(tmp_path / "run")
+    with pytest.raises(adadfq.CheckpointError, match="does not record how its .* is built: pass model="):
+        adadfq.load(tmp_path / "run")
+    assert _same(adadfq.load(tmp_path / "run", model=ToyNet()), result.student)
+    with pytest.raises(adadfq.CheckpointError, match=r"linear\.weight"):
+        adadfq.load(tmp_path / "run", model=ToyNet(num_classes=11))
+
+
+def test_a_model_whose_code_would_run_needs_consent(tmp_path: Path) -> None:
+    _trainer().fit(tmp_path / "run")
+    file = tmp_path / "run" / "result.json"
+    saved = json.loads(file.read_text())
+    saved["model"] = {"spec": "os:system", "kwargs": {"command": f"touch {tmp_path / 'executed'}"}}
+    file.write_text(json.dumps(saved))
+    with pytest.raises(adadfq.CheckpointError, match="importing that runs its code"):
+        adadfq.load(tmp_path / "run")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _trainer().fit(run)
+    weights = (run / "student.safetensors").read_bytes()
+    flipped = bytearray(weights)
+    flipped[-5] ^= 1
+    (run / "student.safetensors").write_bytes(flipped)
+    with pytest.raises(adadfq.CheckpointError, match="damaged or replaced"):
+        adadfq.load(run, model=ToyNet())
+    (run / "student.safetensors").write_bytes(weights[:-5])
+    with pytest.raises(adadfq.CheckpointError, match=r"student\.safetensors"):
+        adadfq.load(run, model=ToyNet())
+    (run / "result.json").write_text("{")
+    with pytest.raises(adadfq.CheckpointError, match="cannot be read"):
+        adadfq.load(run, model=ToyNet())
+    (run / "result.json").write_text('{"format": 99}')
+    with pytest.raises(adadfq.CheckpointError, match="has format 99, this version of adadfq reads 1"):
+        adadfq.load(run, model=ToyNet())
+    with pytest.raises(adadfq.CheckpointError, match="not the directory of a run"):
+        adadfq.load(tmp_path)
+
+
+def _interrupt_at(step: int, trainer: adadfq.Trainer) -> None:
+    play = trainer.game.step
+
+    def stepped(*args: object) -> torch.Tensor:
+        row = play(*args)
+        if trainer.step == step:
+            signal.raise_signal(signal.SIGINT)
+        return row
+
+    trainer.game.step = stepped
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_an_interrupted_run_is_usable_and_goes_on_to_the_same_result(tmp_path: Path, step: int) -> None:
+    unbroken = _trainer().fit()
+    trainer = _trainer()
+    _interrupt_at(step, trainer)
+    handler = signal.getsignal(signal.SIGINT)
+    result = trainer.fit(tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert result.status == "interrupted" and result.steps == step + 1
+    assert read_result(tmp_path / "run")["status"] == "interrupted"
+    usable = adadfq.load(tmp_path / "run", model=ToyNet())
+    assert bool(usable(torch.randn(2, 3, 8, 8)).isfinite().all())
+    resumed = _trainer().fit(tmp_path / "run", resume=True)
+    assert resumed.status == "complete" and _same(resumed.student, unbroken.student)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(12))
+
+
+def test_resuming_asks_for_the_same_run(tmp_path: Path) -> None:
+    trainer = _trainer()
+    _interrupt_at(5, trainer)
+    trainer.fit(tmp_path / "run")
+    with pytest.raises(adadfq.CheckpointError, match="other settings .*alpha_ds"):
+        _trainer(alpha_ds=0.9).fit(tmp_path / "run", resume=True)
+    with pytest.raises(adadfq.CheckpointError, match="other settings .*seed"):
+        _trainer(seed=9).fit(tmp_path / "run", resume=True)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(adadfq.CheckpointError, match="cannot be read"):
+        _trainer().fit(tmp_path / "run", resume=True)
+    with pytest.raises(adadfq.CheckpointError, match="no checkpoint to resume from"):
+        _trainer().fit(tmp_path / "elsewhere", resume=True)
+    with pytest.raises(adadfq.InvalidInputError, match="resume needs the directory"):
+        _trainer().fit(resume=True)
+
+
+def test_an_existing_directory_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("keep")
+    trainer = _trainer()
+    with pytest.raises(adadfq.InvalidInputError, match="run"):
+        trainer.fit(tmp_path / "run")
+    assert trainer.step == 0 and (tmp_path / "run" / "precious").read_text() == "keep"
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_divergence_is_an_error() -> None:
+    with pytest.raises(adadfq.AdadfqError, match="diverged"):
+        _trainer(lr_student=1e30).fit()
+
+
+class _NoNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 8 * 8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.flatten(1))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    teacher = toy_teacher()
+
+    def make(teacher: nn.Module = teacher, student: nn.Module | None = None, **settings: object) -> adadfq.Trainer:
+        return adadfq.Trainer(teacher, student or adadfq.quantize(teacher), toy_recipe(**settings), progress=False)
+
+    with pytest.raises(adadfq.InvalidInputError, match="10 classes and the recipe 100: set num_classes=10"):
+        make(num_classes=100)
+    with pytest.raises(adadfq.InvalidInputError, match="has no BatchNorm"):
+        make(_NoNorm())
+    with pytest.raises(adadfq.InvalidInputError, match="student must be a quantised model"):
+        make(student=copy.deepcopy(teacher))
+    with pytest.raises(adadfq.InvalidInputError, match="does not take images of shape"):
+        make(image_channels=1, mean=(0.0,), std=(1.0,))
+    with pytest.raises(adadfq.InvalidInputError, match="the student has 7 classes"):
+        make(student=adadfq.quantize(toy_teacher(7)))
+    with pytest.raises(adadfq.InvalidInputError, match="recipe must be an adadfq.Recipe, got str"):
+        adadfq.Trainer(teacher, adadfq.quantize(teacher), "cifar10_resnet20")  # type: ignore[arg-type]
+    with pytest.raises(adadfq.InvalidInputError, match="seed must be an integer"):
+        adadfq.Trainer(teacher, adadfq.quantize(teacher), toy_recipe(), seed=-1)
+    generator = adadfq.generator.LabelEmbeddingGenerator(10, 8, 3, latent_dim=99)
+    with pytest.raises(adadfq.InvalidInputError, match="the generator has latent_dim=99 and the recipe 16"):
+        adadfq.Trainer(teacher, adadfq.quantize(teacher), toy_recipe(), generator)
+
+
+def test_a_step_reads_nothing_back() -> None:
+    """No .item(), .tolist() or bool() on a tensor inside a step: on a GPU each would wait for the device.
+
+    Adam reads its step counter, which it keeps on the host whatever the device: the optimisers are left out.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    trainer = _trainer()
+    noise, labels = torch.randn(8, 16), torch.arange(8)
+    trainer.game.optimizer_generator = trainer.game.optimizer_student = mock.Mock()
+    with Refuse():
+        for train in (False, True):
+            trainer.game.step(noise, labels, train)
