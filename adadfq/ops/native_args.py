@@ -1,0 +1,128 @@
+"""Checks every tensor before its address leaves Python, and says how native code is to walk it.
+
+Native kernels see a dense tensor as [outer, channels, inner] in memory order, whatever its strides; see
+csrc/cpu/channelwise.h. ``data_ptr()`` belongs in op bodies only, on tensors that came through here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adadfq.errors import InvalidInputError
+
+#: dtype -> the number csrc/common/dtype.h gives it.
+DTYPE_NUMBERS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+#: The dtypes native kernels take.
+DTYPES: frozenset[torch.dtype] = frozenset(DTYPE_NUMBERS)
+
+
+class Layout(NamedTuple):
+    """Memory order of a dense tensor: element i belongs to channel ``(i // inner) % channels``."""
+
+    outer: int
+    channels: int
+    inner: int
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` fill one block of memory, each address once, in any order of dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(x.stride(), x.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _refuse(op: str, name: str, problem: str) -> InvalidInputError:
+    return InvalidInputError(f"{op}: {name} {problem}")
+
+
+def _check_kind(op: str, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    if tensor.layout != torch.strided or tensor.is_neg() or tensor.is_conj():
+        raise _refuse(op, name, f"must be a plain strided tensor, got layout {tensor.layout}; make it dense first")
+    if tensor.device != device:
+        raise _refuse(op, name, f"must be on {device}, got {tensor.device}; move it there first")
+    if tensor.dtype != dtype:
+        raise _refuse(op, name, f"must be {dtype}, got {tensor.dtype}; convert it first")
+
+
+def main_tensor(op: str, name: str, x: Tensor, device_type: str) -> Tensor:
+    """`x` itself where it is dense, else a dense copy with the strides ``torch.empty_like(x)`` has.
+
+    Args:
+        op: operator, for error messages.
+        name: argument, for error messages.
+        x: float32, bfloat16 or float16, any shape.
+        device_type: where `x` must be.
+
+    Raises:
+        InvalidInputError: wrong device or dtype, or not a strided tensor.
+    """
+    if x.device.type != device_type:
+        raise _refuse(op, name, f"must be on a {device_type} device, got {x.device}; move it there first")
+    if x.dtype not in DTYPE_NUMBERS:
+        expected = ", ".join(str(dtype) for dtype in DTYPE_NUMBERS)
+        raise _refuse(op, name, f"must be one of {expected}, got {x.dtype}; convert it first")
+    _check_kind(op, name, x, x.device, x.dtype)
+    return x if is_dense(x) else torch.empty_like(x).copy_(x)
+
+
+def like(op: str, name: str, tensor: Tensor, main: Tensor) -> Tensor:
+    """`tensor` itself where it has the strides of `main` (which is dense), else a copy that has.
+
+    Raises:
+        InvalidInputError: device, dtype or shape differ from those of `main`.
+    """
+    _check_kind(op, name, tensor, main.device, main.dtype)
+    if tensor.shape != main.shape:
+        raise _refuse(op, name, f"must have shape {list(main.shape)}, got {list(tensor.shape)}")
+    return tensor if tensor.stride() == main.stride() else torch.empty_like(main).copy_(tensor)
+
+
+def vector(op: str, name: str, tensor: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`tensor` contiguous, after a check that it has `length` values of `dtype` on `device` and at most one dimension.
+
+    Raises:
+        InvalidInputError: device, dtype or shape are others.
+    """
+    _check_kind(op, name, tensor, device, dtype)
+    if tensor.dim() > 1 or tensor.numel() != length:
+        raise _refuse(op, name, f"must have shape [{length}], got {list(tensor.shape)}")
+    return tensor.contiguous()
+
+
+def logits(op: str, teacher: Tensor, student: Tensor, device_type: str) -> tuple[Tensor, Tensor]:
+    """Both tensors contiguous, after a check that they are [B, K] alike with B, K >= 1.
+
+    Raises:
+        InvalidInputError: wrong device, dtype or shape.
+    """
+    teacher = main_tensor(op, "teacher_logits", teacher, device_type)
+    if teacher.dim() != 2 or teacher.numel() == 0:
+        raise _refuse(op, "teacher_logits", f"must have shape [B, K] with B, K >= 1, got {list(teacher.shape)}")
+    teacher = teacher.contiguous()
+    return teacher, like(op, "student_logits", student, teacher)
+
+
+def layout(op: str, x: Tensor, axis: int | None) -> Layout:
+    """How to walk dense `x` with channels along `axis`; one channel where `axis` is None.
+
+    Raises:
+        InvalidInputError: `axis` is not a dimension of `x`.
+    """
+    if axis is None:
+        return Layout(1, 1, x.numel())
+    if not 0 <= axis < x.dim():
+        raise _refuse(op, "axis", f"must be in 0..{x.dim() - 1} for {x.dim()} dimensions, got {axis}")
+    channels = x.shape[axis]
+    if channels <= 1:  # such a dimension may have any stride
+        return Layout(1, 1, x.numel())
+    inner = x.stride(axis)
+    return Layout(x.numel() // (channels * inner), channels, inner)

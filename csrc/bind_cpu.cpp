@@ -1,0 +1,101 @@
+// adadfq._C_cpu: the CPU launchers for Python.
+//
+// Tensors come as addresses that adadfq/ops/native_args.py has checked; nothing is checked again
+// here. The GIL is released for every call.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/bn_match.h"
+#include "cpu/dynamic_fake_quantize.h"
+#include "cpu/fake_quantize.h"
+#include "cpu/logit_losses.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using adadfq::DType;
+using adadfq::Layout;
+using Address = std::uintptr_t;
+
+template <typename T = void>
+T* at_address(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void fake_quantize(Address x, Address scale, Address zero_point, Address out, int64_t outer,
+                   int64_t channels, int64_t inner, int bits, int dtype, int threads) {
+  adadfq::fake_quantize(at_address(x), at_address<float>(scale), at_address<int32_t>(zero_point),
+                        at_address(out), Layout{outer, channels, inner}, bits, DType(dtype),
+                        threads);
+}
+
+void fake_quantize_backward(Address grad, Address x, Address scale, Address zero_point, Address out,
+                            int64_t outer, int64_t channels, int64_t inner, int bits, int dtype,
+                            int threads) {
+  adadfq::fake_quantize_backward(at_address(grad), at_address(x), at_address<float>(scale),
+                                 at_address<int32_t>(zero_point), at_address(out),
+                                 Layout{outer, channels, inner}, bits, DType(dtype), threads);
+}
+
+void dynamic_fake_quantize(Address x, Address out, Address scale, Address zero_point, int64_t outer,
+                           int64_t channels, int64_t inner, int bits, int dtype, int threads) {
+  adadfq::dynamic_fake_quantize(at_address(x), at_address(out), at_address<float>(scale),
+                                at_address<int32_t>(zero_point), Layout{outer, channels, inner},
+                                bits, DType(dtype), threads);
+}
+
+void bn_match(Address x, Address running_mean, Address running_var, Address loss, Address mean,
+              Address var, int64_t outer, int64_t channels, int64_t inner, int dtype, int threads) {
+  adadfq::bn_match(at_address(x), at_address<float>(running_mean), at_address<float>(running_var),
+                   at_address<float>(loss), at_address<float>(mean), at_address<float>(var),
+                   Layout{outer, channels, inner}, DType(dtype), threads);
+}
+
+void bn_match_backward(Address grad_loss, Address x, Address mean, Address var,
+                       Address running_mean, Address running_var, Address out, int64_t outer,
+                       int64_t channels, int64_t inner, int dtype, int threads) {
+  adadfq::bn_match_backward(at_address<float>(grad_loss), at_address(x), at_address<float>(mean),
+                            at_address<float>(var), at_address<float>(running_mean),
+                            at_address<float>(running_var), at_address(out),
+                            Layout{outer, channels, inner}, DType(dtype), threads);
+}
+
+// Returns the index of the first label outside 0..classes - 1, having written nothing, or -1.
+int64_t margin_loss(Address teacher, Address student, Address labels, Address losses,
+                    Address h_prime, Address grad_teacher, Address grad_student, int64_t batch,
+                    int64_t classes, double lambda_l, double lambda_u, double alpha_ds,
+                    double alpha_as, double beta, bool detach_min, int dtype, int threads) {
+  const int64_t bad = adadfq::first_bad_label(at_address<int64_t>(labels), batch, classes);
+  if (bad < 0) {
+    adadfq::margin_loss(at_address(teacher), at_address(student), at_address<int64_t>(labels),
+                        at_address<float>(losses), at_address<float>(h_prime),
+                        at_address(grad_teacher), at_address(grad_student), batch, classes,
+                        {lambda_l, lambda_u, alpha_ds, alpha_as, beta, detach_min}, DType(dtype),
+                        threads);
+  }
+  return bad;
+}
+
+void entropy_distillation(Address teacher, Address student, Address loss, Address grad_student,
+                          int64_t batch, int64_t classes, double temperature, int dtype,
+                          int threads) {
+  adadfq::entropy_distillation(at_address(teacher), at_address(student), at_address<float>(loss),
+                               at_address(grad_student), batch, classes, temperature, DType(dtype),
+                               threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C_cpu, m) {
+  m.doc() = "CPU kernels of adadfq; tensors are addresses checked by adadfq.ops.native_args";
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("fake_quantize", &fake_quantize, nogil);
+  m.def("fake_quantize_backward", &fake_quantize_backward, nogil);
+  m.def("dynamic_fake_quantize", &dynamic_fake_quantize, nogil);
+  m.def("bn_match", &bn_match, nogil);
+  m.def("bn_match_backward", &bn_match_backward, nogil);
+  m.def("margin_loss", &margin_loss, nogil);
+  m.def("entropy_distillation", &entropy_distillation, nogil);
+}

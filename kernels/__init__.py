@@ -1,0 +1,1 @@
+"""Triton kernels, packaged as ``adadfq.kernels``; :mod:`adadfq.ops.triton` checks their arguments."""

@@ -1,0 +1,199 @@
+// Drives the CPU launchers through raw buffers, without Python, for AddressSanitizer and UBSan.
+//
+// Every buffer is its own allocation of exactly the size needed, between the sanitizer's guard
+// zones. Sizes are odd on purpose, and outputs start as a value no kernel writes. Build: see
+// tests/test_sanitize.py.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+
+#include "../csrc/cpu/bn_match.h"
+#include "../csrc/cpu/dynamic_fake_quantize.h"
+#include "../csrc/cpu/fake_quantize.h"
+#include "../csrc/cpu/logit_losses.h"
+
+namespace {
+
+using namespace adadfq;
+
+constexpr float kUnwritten = -123456.0f;
+int failures = 0;
+uint32_t state = 12345;
+
+void expect(bool condition, const char* what, const Layout& layout, DType dtype) {
+  if (condition) return;
+  ++failures;
+  std::printf("FAILED %s at [%lld, %lld, %lld] dtype %d\n", what,
+              static_cast<long long>(layout.outer), static_cast<long long>(layout.channels),
+              static_cast<long long>(layout.inner), static_cast<int>(dtype));
+}
+
+float random_float() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / 16777216.0f * 8.0f - 4.0f;
+}
+
+struct Values {
+  Values(int64_t count, DType type)
+      : n(count), dtype(type), bytes(new unsigned char[count * (type == DType::kFloat32 ? 4 : 2)]) {
+    for (int64_t i = 0; i < n; ++i) set(i, kUnwritten);
+  }
+
+  void* data() { return bytes.get(); }
+
+  void set(int64_t i, float value) {
+    switch (dtype) {
+      case DType::kFloat32:
+        reinterpret_cast<float*>(data())[i] = value;
+        break;
+      case DType::kBFloat16:
+        reinterpret_cast<BFloat16*>(data())[i] = from_float<BFloat16>(value);
+        break;
+      case DType::kFloat16:
+        // Not a float16: an infinity there, which no kernel writes for finite input either.
+        reinterpret_cast<Float16*>(data())[i] = from_float<Float16>(value);
+        break;
+    }
+  }
+
+  float get(int64_t i) {
+    switch (dtype) {
+      case DType::kFloat32:
+        return reinterpret_cast<float*>(data())[i];
+      case DType::kBFloat16:
+        return to_float(reinterpret_cast<BFloat16*>(data())[i]);
+      default:
+        return to_float(reinterpret_cast<Float16*>(data())[i]);
+    }
+  }
+
+  void fill() {
+    for (int64_t i = 0; i < n; ++i) set(i, random_float());
+  }
+
+  bool written() {
+    Values unwritten(1, dtype);
+    for (int64_t i = 0; i < n; ++i) {
+      if (get(i) == unwritten.get(0)) return false;
+    }
+    return true;
+  }
+
+  int64_t n;
+  DType dtype;
+  std::unique_ptr<unsigned char[]> bytes;
+};
+
+struct Floats : Values {
+  explicit Floats(int64_t count) : Values(count, DType::kFloat32) {}
+
+  float* floats() { return reinterpret_cast<float*>(data()); }
+};
+
+void drive_fake_quantize(const Layout& layout, DType dtype, int threads) {
+  const int64_t n = layout.elements();
+  const int bits = 4;
+  Values x(n, dtype), grad(n, dtype), out(n, dtype), grad_x(n, dtype);
+  Floats scale(layout.channels);
+  std::unique_ptr<int32_t[]> zero_point(new int32_t[layout.channels]);
+  x.fill();
+  grad.fill();
+  x.set(0, std::numeric_limits<float>::infinity());
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    scale.set(c, 0.05f + std::fabs(random_float()) / 16);
+    zero_point[c] = static_cast<int32_t>(c % 16);
+  }
+  fake_quantize(x.data(), scale.floats(), zero_point.get(), out.data(), layout, bits, dtype,
+                threads);
+  fake_quantize_backward(grad.data(), x.data(), scale.floats(), zero_point.get(), grad_x.data(),
+                         layout, bits, dtype, threads);
+  Values want(1, dtype);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t c = i / layout.inner % layout.channels;
+    const float lo = -static_cast<float>(zero_point[c]), hi = lo + 15;
+    const float rounded = std::nearbyint(x.get(i) / scale.get(c));
+    want.set(0, std::fmin(std::fmax(rounded, lo), hi) * scale.get(c));
+    expect(out.get(i) == want.get(0), "fake_quantize", layout, dtype);
+    const float kept = rounded >= lo && rounded <= hi ? grad.get(i) : 0;
+    expect(grad_x.get(i) == kept, "fake_quantize_backward", layout, dtype);
+    if (failures > 5) return;
+  }
+}
+
+void drive_dynamic(const Layout& layout, DType dtype, int threads) {
+  Values x(layout.elements(), dtype), out(layout.elements(), dtype);
+  Floats scale(layout.channels);
+  std::unique_ptr<int32_t[]> zero_point(new int32_t[layout.channels]);
+  x.fill();
+  dynamic_fake_quantize(x.data(), out.data(), scale.floats(), zero_point.get(), layout, 4, dtype,
+                        threads);
+  expect(out.written() && scale.written(), "dynamic_fake_quantize", layout, dtype);
+  x.set(x.n - 1, std::numeric_limits<float>::quiet_NaN());
+  dynamic_fake_quantize(x.data(), out.data(), scale.floats(), zero_point.get(), layout, 4, dtype,
+                        threads);
+  expect(std::isnan(scale.get(layout.channels - 1)), "NaN in dynamic_fake_quantize", layout, dtype);
+}
+
+void drive_bn_match(const Layout& layout, DType dtype, int threads) {
+  Values x(layout.elements(), dtype), out(layout.elements(), dtype);
+  Floats running_mean(layout.channels), running_var(layout.channels), mean(layout.channels),
+      var(layout.channels), loss(1), grad(1);
+  x.fill();
+  running_mean.fill();
+  running_var.fill();
+  grad.set(0, 0.5f);
+  bn_match(x.data(), running_mean.floats(), running_var.floats(), loss.floats(), mean.floats(),
+           var.floats(), layout, dtype, threads);
+  expect(loss.written() && mean.written() && var.written(), "bn_match", layout, dtype);
+  bn_match_backward(grad.floats(), x.data(), mean.floats(), var.floats(), running_mean.floats(),
+                    running_var.floats(), out.data(), layout, dtype, threads);
+  expect(out.written(), "bn_match_backward", layout, dtype);
+}
+
+void drive_losses(int64_t batch, int64_t classes, DType dtype, int threads) {
+  const Layout layout{batch, 1, classes};
+  Values teacher(batch * classes, dtype), student(batch * classes, dtype),
+      grad_teacher(batch * classes, dtype), grad_student(batch * classes, dtype);
+  Floats losses(4), h_prime(batch), loss(1);
+  std::unique_ptr<int64_t[]> labels(new int64_t[batch]);
+  teacher.fill();
+  student.fill();
+  for (int64_t b = 0; b < batch; ++b) labels[b] = (b + 1) % classes;
+  expect(first_bad_label(labels.get(), batch, classes) == -1, "first_bad_label", layout, dtype);
+  margin_loss(teacher.data(), student.data(), labels.get(), losses.floats(), h_prime.floats(),
+              grad_teacher.data(), grad_student.data(), batch, classes,
+              {0.3, 0.6, 0.2, 0.1, 1.0, false}, dtype, threads);
+  expect(losses.written() && h_prime.written() && grad_teacher.written() && grad_student.written(),
+         "margin_loss", layout, dtype);
+  Values grad(batch * classes, dtype);
+  entropy_distillation(teacher.data(), student.data(), loss.floats(), grad.data(), batch, classes,
+                       5.0, dtype, threads);
+  expect(loss.written() && grad.written(), "entropy_distillation", layout, dtype);
+  labels[batch - 1] = classes;
+  expect(first_bad_label(labels.get(), batch, classes) == batch - 1, "bad label", layout, dtype);
+}
+
+}  // namespace
+
+int main() {
+  const Layout layouts[] = {{1, 1, 1},     {1, 1, 17},    {3, 5, 1},     {7, 3, 7},
+                            {2, 3, 31},    {1, 9, 9},     {513, 7, 1},   {40, 33, 3},
+                            {1, 1, 50021}, {5, 11, 1009}, {3, 70001, 1}, {2, 30011, 3},
+                            {1, 30011, 3}};
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const int threads : {1, 3}) {
+      for (const Layout& layout : layouts) {
+        drive_fake_quantize(layout, dtype, threads);
+        drive_dynamic(layout, dtype, threads);
+        drive_bn_match(layout, dtype, threads);
+      }
+      for (const int64_t batch : {1, 7, 33}) {
+        for (const int64_t classes : {1, 10, 333}) drive_losses(batch, classes, dtype, threads);
+      }
+    }
+  }
+  std::printf(failures ? "%d failures\n" : "no failures\n", failures);
+  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}
