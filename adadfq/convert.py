@@ -17,7 +17,7 @@ from adadfq import checks
 from adadfq.errors import InvalidInputError
 from adadfq.models.build import model_spec
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight
-from adadfq.report import Report, ReportRow
+from adadfq.reporting import Report, ReportRow
 
 __all__ = ["QuantInfo", "module_bits", "quantize", "quantized_info", "report", "set_module_bits"]
 

@@ -185,7 +185,7 @@ class QuantAct(nn.Module):
         return self
 
     def check_range(self) -> None:
-        """Raise :class:`InvalidInputError` if no batch was seen yet or the range is not finite. Waits for the device."""
+        """Refuse a range that saw no batch or is not finite (:class:`InvalidInputError`). Waits for the device."""
         if int(self.num_batches) == 0:
             raise InvalidInputError("QuantAct cannot be frozen before it has seen a batch: run a forward first")
         if not math.isfinite(float(self.scale)):

@@ -26,9 +26,9 @@ from torch import nn
 
 from adadfq import files
 from adadfq.checkpoint import load_weights, read_state_dict, write_state_dict
+from adadfq.convert import module_bits, quantize, quantized_info, report, set_module_bits
 from adadfq.errors import CheckpointError, InvalidInputError
-from adadfq.models.build import build_model, is_trusted
-from adadfq.quantize import module_bits, quantize, quantized_info, report, set_module_bits
+from adadfq.models.build import rebuild_model
 from adadfq.recipe import Recipe
 from adadfq.version import __version__
 
@@ -161,18 +161,12 @@ def _architecture(result: Mapping[str, Any], path: Path, model: nn.Module | None
         if not isinstance(model, nn.Module):
             raise InvalidInputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         return model
-    spec = result["model"]
-    if spec is None:
+    if result["model"] is None:
         raise CheckpointError(
             f"{path} does not record how its {result.get('model_class', 'model')} is built: pass model=, an instance "
             "of the float network (any weights), or build the teacher with adadfq.build_model() before quantising"
         )
-    if not (trust_model_code or is_trusted(spec["spec"])):
-        raise CheckpointError(
-            f"{path} names {spec['spec']!r} as its model, and importing that runs its code: pass model=, or "
-            "trust_model_code=True (--trust-model-code) if you know it"
-        )
-    return build_model(spec["spec"], **spec["kwargs"])
+    return rebuild_model(result["model"], trust_model_code, source=str(path / RESULT))
 
 
 def _load_file(model: nn.Module, directory: Path, name: str, hashes: Mapping[str, str]) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from adadfq import files
 from adadfq.checkpoint import write_state_dict
+from adadfq.convert import module_bits, quantized_info
 from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
 from adadfq.game import METRICS, Game
 from adadfq.generator import build_generator
 from adadfq.metrics import MetricBuffer, MetricLog, Progress
 from adadfq.nn import activations, frozen_ranges, set_calibrating
-from adadfq.quantize import module_bits, quantized_info
 from adadfq.recipe import Recipe
 from adadfq.result import CHECKPOINT, RESULT, Result, save_result
 
@@ -268,7 +268,8 @@ class Trainer:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever its zip and pickle readers do
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+            # The reader's own advice is to load it unsafely: only its first sentence is passed on.
+            raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0].split('. ')[0]}") from None
         ours = self._settings()
         theirs = state["settings"]
         differing = [k for k in ours["recipe"] if ours["recipe"][k] != theirs["recipe"].get(k)]

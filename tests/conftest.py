@@ -12,6 +12,9 @@ import torch
 import adadfq
 from adadfq.ops import dispatch
 
+# The tests' tensors are too small to share between threads; those about threads set their own number.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adadfq
+from adadfq.convert import module_bits, set_module_bits
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight, set_calibrating
-from adadfq.quantize import module_bits, set_module_bits
 
 
 class Net(nn.Module):

@@ -133,7 +133,7 @@ def test_a_model_whose_code_would_run_needs_consent(tmp_path: Path) -> None:
     saved = json.loads(file.read_text())
     saved["model"] = {"spec": "os:system", "kwargs": {"command": f"touch {tmp_path / 'executed'}"}}
     file.write_text(json.dumps(saved))
-    with pytest.raises(adadfq.CheckpointError, match="importing that runs its code"):
+    with pytest.raises(adadfq.CheckpointError, match="asks to run the model code 'os:system'"):
         adadfq.load(tmp_path / "run")
     assert not (tmp_path / "executed").exists()
 
