@@ -1,0 +1,1 @@
+"""``adadfq demo``: a small teacher for scikit-learn's handwritten digits, quantised without their images."""
