@@ -1,4 +1,4 @@
-"""Fake quantisation: ``python -m benchmarks.fake_quantize [--device cpu] [--megabytes 200] [--threads 2] [--json PATH]``.
+"""Fake quantisation: ``python -m benchmarks.fake_quantize [--device cpu] [--megabytes 200] [--json PATH]``.
 
 Peers: PyTorch's own operator, a copy of the same bytes (what the memory allows), and the reference. Providers take
 turns, so that a disturbance hits all of them; rows are medians with the 20th and 80th percentile. Each case is first
