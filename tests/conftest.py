@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -41,3 +43,12 @@ def real_data() -> Path:
     if not (path := os.environ.get("ADADFQ_TEST_DATA")):
         pytest.skip("ADADFQ_TEST_DATA does not name a directory of real data")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def torchvision_models() -> ModuleType:
+    """``torchvision.models``; beside a PyTorch it was not built for, importing it may raise anything."""
+    try:
+        return importlib.import_module("torchvision.models")
+    except Exception as error:
+        pytest.skip(f"torchvision does not import: {error}")

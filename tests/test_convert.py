@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 
 import pytest
 import torch
@@ -224,3 +225,16 @@ def test_bad_models_are_refused() -> None:
         adadfq.quantize(_net(), weight_bits=1)
     with pytest.raises(adadfq.InvalidInputError, match=r"act_bits must be 2\.\.8, got 16"):
         adadfq.quantize(_net(), act_bits=16)
+
+
+@pytest.mark.parametrize("name,layers,acts", [("resnet18", 21, 17), ("mobilenet_v2", 53, 35), ("vgg11_bn", 11, 10)])
+def test_torchvision_networks_are_converted_whole(
+    torchvision_models: ModuleType, name: str, layers: int, acts: int
+) -> None:
+    net = getattr(torchvision_models, name)(weights=None).eval()
+    student = adadfq.quantize(net, 4, 4)
+    report = adadfq.report(student)
+    assert report.left_in_float == [] and report.method == "torch.fx"
+    kinds = [type(m) for m in student.modules()]
+    assert kinds.count(QuantConv2d) + kinds.count(QuantLinear) == layers and kinds.count(QuantAct) == acts
+    assert student(torch.randn(1, 3, 64, 64)).shape == (1, 1000)

@@ -260,8 +260,8 @@ def test_rebuilding_switches_a_packages_own_weights_off(monkeypatch):
     assert model_spec(again) == model_spec(model)
 
 
+@pytest.mark.usefixtures("torchvision_models")
 def test_torchvision_model():
-    pytest.importorskip("torchvision")
     model = build_model("torchvision.models:resnet18", num_classes=5)
     assert model.fc.out_features == 5
     with pytest.raises(InvalidInputError, match=r"is defined in torch\.hub, expected torchvision\.models"):
