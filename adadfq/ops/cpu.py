@@ -44,20 +44,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x = native_args.main_tensor(op, "x", x, "cpu")
-    layout = native_args.layout(op, x, axis)
-    scale = native_args.vector(op, "scale", scale, layout.channels, torch.float32, x.device)
-    zero_point = native_args.vector(op, "zero_point", zero_point, layout.channels, torch.int32, x.device)
-    _native().fake_quantize(
-        x.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        out.data_ptr(),
-        *layout,
-        bits,
-        DTYPE_NUMBERS[x.dtype],
-        torch.get_num_threads(),
-    )
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    pointers = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
+    _native().fake_quantize(*pointers, *layout, bits, DTYPE_NUMBERS[x.dtype], torch.get_num_threads())
     return out
 
 
@@ -69,22 +58,10 @@ def fake_quantize_backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x = native_args.main_tensor(op, "x", x, "cpu")
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
     grad = native_args.like(op, "grad", grad, x)
-    layout = native_args.layout(op, x, axis)
-    scale = native_args.vector(op, "scale", scale, layout.channels, torch.float32, x.device)
-    zero_point = native_args.vector(op, "zero_point", zero_point, layout.channels, torch.int32, x.device)
-    _native().fake_quantize_backward(
-        grad.data_ptr(),
-        x.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        out.data_ptr(),
-        *layout,
-        bits,
-        DTYPE_NUMBERS[x.dtype],
-        torch.get_num_threads(),
-    )
+    pointers = (grad.data_ptr(), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
+    _native().fake_quantize_backward(*pointers, *layout, bits, DTYPE_NUMBERS[x.dtype], torch.get_num_threads())
     return out
 
 

@@ -126,3 +126,17 @@ def layout(op: str, x: Tensor, axis: int | None) -> Layout:
         return Layout(1, 1, x.numel())
     inner = x.stride(axis)
     return Layout(x.numel() // (channels * inner), channels, inner)
+
+
+def quantizer(
+    op: str, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, device_type: str
+) -> tuple[Tensor, Tensor, Tensor, Layout]:
+    """(x, scale, zero_point, layout) of a fake quantisation, checked and dense; `x` must not be empty.
+
+    Raises:
+        InvalidInputError: wrong device, dtype or shape.
+    """
+    x = main_tensor(op, "x", x, device_type)
+    found = layout(op, x, axis)
+    scale = vector(op, "scale", scale, found.channels, torch.float32, x.device)
+    return x, scale, vector(op, "zero_point", zero_point, found.channels, torch.int32, x.device), found

@@ -23,7 +23,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("adadfq.kernels.fake_quantize")
     except ImportError as error:
-        return None, f"could not be imported ({error}); install triton"
+        return None, f"could not be imported ({error})"
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     return module, None
@@ -44,10 +44,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x = native_args.main_tensor(op, "x", x, "cuda")
-    layout = native_args.layout(op, x, axis)
-    scale = native_args.vector(op, "scale", scale, layout.channels, torch.float32, x.device)
-    zero_point = native_args.vector(op, "zero_point", zero_point, layout.channels, torch.int32, x.device)
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
     with torch.cuda.device(x.device):
         _kernels().fake_quantize(x, scale, zero_point, out, layout.channels, layout.inner, bits)
     return out
@@ -61,11 +58,8 @@ def fake_quantize_backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x = native_args.main_tensor(op, "x", x, "cuda")
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
     grad = native_args.like(op, "grad", grad, x)
-    layout = native_args.layout(op, x, axis)
-    scale = native_args.vector(op, "scale", scale, layout.channels, torch.float32, x.device)
-    zero_point = native_args.vector(op, "zero_point", zero_point, layout.channels, torch.int32, x.device)
     with torch.cuda.device(x.device):
         _kernels().fake_quantize_backward(grad, x, scale, zero_point, out, layout.channels, layout.inner, bits)
     return out
