@@ -179,6 +179,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
             is unchanged.
     """
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state_dict = _with_prefix_of(own, state_dict)
     missing = [key for key in own if key not in state_dict and key.rpartition(".")[2] != "num_batches_tracked"]
     unexpected = [key for key in state_dict if key not in own]
     misfit = [
@@ -200,6 +201,15 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         model.load_state_dict(dict(state_dict), strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{type(model).__name__} refused the weights from {source}: {error}") from error
+
+
+def _with_prefix_of(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state_dict` with the prefix that reading it took away, where every key of the network itself has it."""
+    bare = _strip_prefixes(dict(own))
+    if not own or set(state_dict) & set(own) or not set(state_dict) & set(bare):
+        return state_dict
+    prefix = next(iter(own)).removesuffix(next(iter(bare)))
+    return {prefix + key: value for key, value in state_dict.items()}
 
 
 def _kind(tensor: Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,10 +15,10 @@ from torch.nn import functional as F
 from adadfq import checks
 from adadfq.errors import InvalidInputError
 from adadfq.models.build import model_spec
-from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight
+from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight, activations
 from adadfq.reporting import Report, ReportRow
 
-__all__ = ["QuantInfo", "module_bits", "quantize", "quantized_info", "report", "set_module_bits"]
+__all__ = ["QuantInfo", "is_as_quantized", "module_bits", "quantize", "quantized_info", "report", "set_module_bits"]
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _QUANTIZED = (QuantConv2d, QuantLinear, QuantWeight, QuantAct)
@@ -28,23 +27,40 @@ _RELU_FUNCTIONS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
 _RELU_METHODS = {"relu", "relu_"}
 _WEIGHT_FUNCTIONS = {F.conv2d, torch.conv2d, F.linear}
 
-#: Weighted or non-linear functions and methods that a reader of the report would look for.
-_FLOAT_FUNCTIONS = {
-    F.conv1d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear, F.embedding,
-    torch.conv1d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-    torch.matmul, torch.bmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
-    F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.softplus,
-    F.sigmoid, F.tanh, F.prelu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax, torch.clamp,
-}  # fmt: skip
-_FLOAT_METHODS = {"sigmoid", "tanh", "softmax", "clamp", "matmul", "bmm", "clamp_", "sigmoid_", "tanh_"}
-_FLOAT_ACTIVATIONS = (
-    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
-    nn.Hardtanh, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Softmax,
+#: Functions and methods that move, add, pool or normalise values. Any other call is listed in the report.
+_NEUTRAL_CALLS = frozenset(
+    """
+    add add_ iadd sub sub_ isub rsub mul mul_ imul div div_ truediv itruediv floordiv floor_divide mod neg pow
+    getitem getattr setitem cat concat concatenate stack split chunk tensor_split unbind narrow select index_select
+    flatten unflatten view view_as reshape reshape_as squeeze squeeze_ unsqueeze unsqueeze_ permute transpose t swapaxes
+    movedim expand expand_as repeat repeat_interleave contiguous clone detach to float type_as size dim numel shape
+    channel_shuffle pixel_shuffle pixel_unshuffle roll flip unfold fold
+    mean sum amax amin max min std var norm normalize adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d
+    avg_pool2d max_pool2d boolean_dispatch fn lp_pool2d interpolate upsample pad _pad grid_sample
+    batch_norm layer_norm group_norm instance_norm local_response_norm
+    dropout dropout2d dropout_ feature_dropout alpha_dropout drop_path stochastic_depth
+    eq ne lt le gt ge and_ or_ not_ _assert int len sqrt rsqrt abs square ones zeros zeros_like ones_like
+    """.split()
+)
+#: Calls whose result may share memory with their argument.
+_ALIASING_CALLS = frozenset(
+    """
+    flatten view view_as reshape reshape_as squeeze unsqueeze permute transpose t swapaxes movedim expand expand_as
+    contiguous detach to float type_as getitem split chunk tensor_split unbind narrow select dropout dropout2d
+    alpha_dropout Dropout Dropout2d Dropout3d AlphaDropout Identity Flatten Unflatten
+    """.split()
+)
+#: torch.nn modules that the report passes over, besides containers.
+_NEUTRAL_MODULES = (
+    nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.Identity, nn.Flatten,
+    nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Fold, nn.Unfold,
+    nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._LPPoolNd,
+    nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd,
+    nn.modules.padding._CircularPadNd, nn.Sequential, nn.ModuleList, nn.ModuleDict,
 )  # fmt: skip
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
-_ONLY_LAYERS = "only Conv2d and Linear layers are quantised"
-_ONLY_RELU = "only ReLU and ReLU6 outputs are quantised"
+_NOT_CONVERTED = "only Conv2d and Linear layers and the outputs of ReLU and ReLU6 are quantised"
 #: Name of the container that holds the activation quantisers of a traced model.
 _ACT, _WEIGHT = "act_quant", "weight_quant"
 
@@ -64,9 +80,9 @@ def quantize(model: nn.Module, weight_bits: int = 4, act_bits: int = 4) -> nn.Mo
     """A copy of `model` with quantised weights and activations; the original is untouched.
 
     Every Conv2d and Linear weight is quantised per output channel, every output of ReLU and ReLU6 (module, function or
-    method; each call has a range of its own) per tensor. State_dict keys of the float model are kept. The activation
-    quantisers start out calibrating: run a few forwards, or train, then freeze them
-    (:func:`adadfq.nn.set_calibrating`).
+    method; each call has a range of its own) per tensor. State_dict keys of everything that the forward pass reaches
+    are those of the float model. The activation quantisers start out calibrating: run a few forwards, or train, then
+    freeze them (:func:`adadfq.nn.set_calibrating`).
 
     The model is traced by torch.fx in eval mode, so control flow that depends on ``training`` is settled for
     evaluation, and branches not reached then are absent from the copy. A model that cannot be traced has its modules
@@ -84,7 +100,8 @@ def quantize(model: nn.Module, weight_bits: int = 4, act_bits: int = 4) -> nn.Mo
 
     Raises:
         InvalidInputError: bits out of range, not a module, already quantised, nothing to quantise, uninitialised lazy
-            modules, or NaN or infinite weights.
+            modules, NaN or infinite weights, or forward hooks (weight_norm, spectral_norm and prune are made of them),
+            which the copy would lose.
     """
     checks.check_bits("weight_bits", weight_bits)
     checks.check_bits("act_bits", act_bits)
@@ -107,6 +124,11 @@ def quantize(model: nn.Module, weight_bits: int = 4, act_bits: int = 4) -> nn.Mo
         method = "torch.fx"
     if not any(isinstance(module, (QuantConv2d, QuantLinear, QuantWeight)) for module in student.modules()):
         raise InvalidInputError(f"{type(model).__name__} has no Conv2d or Linear layer to quantise")
+    if not activations(student):
+        warnings.warn(
+            f"{type(model).__name__} has no ReLU or ReLU6: only its weights are quantised, activations stay in float",
+            stacklevel=2,
+        )
     _attach(student, QuantInfo(weight_bits, act_bits, model_spec(model), Report(tuple(rows), method)))
     return student.train(training)
 
@@ -121,8 +143,22 @@ def report(model: nn.Module) -> Report:
         rows = [_module_row(name, module) for name, module in model.named_modules()]
         return Report(tuple(row for row in rows if row is not None), "modules as they stand")
     bits = module_bits(model)
-    rows = [replace(row, bits=bits[row.quantizer]) if row.quantizer else row for row in info.report.rows]
-    return replace(info.report, rows=tuple(rows))
+    return replace(info.report, rows=tuple(_present(row, bits) for row in info.report.rows))
+
+
+def _present(row: ReportRow, bits: Mapping[str, int]) -> ReportRow:
+    """`row` with the width its quantiser has now."""
+    if not row.quantizer:
+        return row
+    if row.quantizer not in bits:
+        return replace(row, bits=None, reason="its quantiser was replaced after quantize()", quantizer="")
+    return replace(row, bits=bits[row.quantizer])
+
+
+def is_as_quantized(model: nn.Module) -> bool:
+    """Whether `model` came from :func:`quantize` and still has exactly the quantisers it was given there."""
+    info = quantized_info(model)
+    return info is not None and set(module_bits(model)) == {r.quantizer for r in info.report.rows if r.quantizer}
 
 
 def module_bits(model: nn.Module) -> dict[str, int]:
@@ -147,7 +183,10 @@ def set_module_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
         checks.check_bits(f"bits of {name}", value)
     for name, value in bits.items():
         module = model.get_submodule(name)
-        setattr(module, "act_bits" if isinstance(module, QuantAct) else "weight_bits", value)
+        if isinstance(module, QuantAct):
+            module.set_bits(value)
+        else:
+            module.weight_bits = value
 
 
 def quantized_info(model: nn.Module) -> QuantInfo | None:
@@ -174,6 +213,12 @@ def _check_model(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InvalidInputError(f"{name} is not initialised: run one forward of the float model first")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise InvalidInputError(
+                f"{name or type(module).__name__} has forward hooks, which the quantised copy would lose: remove them "
+                "(for weight_norm, spectral_norm and prune: make them permanent)"
+            )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if bad := [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -181,21 +226,29 @@ def _check_model(model: Any) -> None:
 
 
 def _module_row(path: str, module: nn.Module) -> ReportRow | None:
-    """The report's row for a leaf module, or None if nobody would look for it there."""
+    """The row of a model that stands as its maker placed it; None if nobody would look for it there."""
     kind = type(module).__name__
     if isinstance(module, QuantAct):
         return ReportRow(path, kind, module.act_bits, quantizer=path)
     if isinstance(module, (QuantConv2d, QuantLinear, QuantWeight)):
         return ReportRow(path, kind, module.weight_bits, quantizer=path)
     if isinstance(module, _RELU_MODULES):
-        return ReportRow(path, kind, None, "no quantiser after it")
-    if isinstance(module, _FLOAT_ACTIVATIONS):
-        return ReportRow(path, kind, None, _ONLY_RELU)
-    if isinstance(module, _NORMS):
+        return ReportRow(path, kind, None, "quantised only where a QuantAct follows it")
+    return _float_row(path, module)
+
+
+def _float_row(path: str, module: nn.Module) -> ReportRow | None:
+    """The row of a module that is not converted; None for containers, pooling, norms and the like."""
+    if isinstance(module, _NEUTRAL_MODULES):
         return None
-    if any(p.dim() > 1 for p in module.parameters(recurse=False)):
-        return ReportRow(path, kind, None, f"not converted; {_ONLY_LAYERS}")
-    return None
+    weighted = any(p.dim() > 1 for p in module.parameters(recurse=False))
+    own_forward = type(module).__module__.startswith("torch.nn") and not list(module.children())
+    if not (weighted or own_forward):
+        return None
+    reason = _NOT_CONVERTED
+    if isinstance(module, tuple(_LAYERS)) and type(module) not in _LAYERS:
+        reason = f"a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'} may compute anything"
+    return ReportRow(path, type(module).__name__, None, reason)
 
 
 class _Tracer(fx.Tracer):
@@ -237,6 +290,28 @@ def _is_inplace(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return bool(node.kwargs.get("inplace", len(node.args) > position and node.args[position]))
 
 
+def _is_alias(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        # Quantisers put in so far are not among the modules, and give a tensor of their own.
+        return type(modules.get(str(node.target))).__name__ in _ALIASING_CALLS
+    return node.op in ("call_function", "call_method") and _function_name(node) in _ALIASING_CALLS
+
+
+def _read_through_alias(activation: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a tensor that shares memory with `source` is read after the in-place `activation` on it."""
+    root = source
+    while _is_alias(root, modules) and root.all_input_nodes:
+        root = root.all_input_nodes[0]
+    family, open_ends = {root}, [root]
+    while open_ends:
+        for user in open_ends.pop().users:
+            if user is not activation and user not in family and _is_alias(user, modules):
+                family.add(user)
+                open_ends.append(user)
+    family.discard(source)
+    return any(activation < user and user not in family for member in family for user in member.users)
+
+
 class _Rewriter:
     """Puts quantisers into a traced graph and writes the report as it goes."""
 
@@ -274,8 +349,12 @@ class _Rewriter:
             self.root.set_submodule(path, self.converted[module])
         elif isinstance(module, _RELU_MODULES):
             self._quantise_output(node, type(module).__name__)
-        elif (row := _leaf_row(path, module)) is not None and all(r.where != path for r in self.rows):
-            self.rows.append(row)
+        else:
+            # A leaf may hold others (nn.MultiheadAttention): each of them is looked at.
+            for inner, child in module.named_modules(prefix=path):
+                row = _float_row(inner, child)
+                if row is not None and all(r.where != inner for r in self.rows):
+                    self.rows.append(row)
 
     def _function(self, node: fx.Node) -> None:
         name = _function_name(node)
@@ -283,16 +362,17 @@ class _Rewriter:
             self._quantise_output(node, name)
         elif node.op == "call_function" and node.target in _WEIGHT_FUNCTIONS:
             self._quantise_weight(node, name)
-        elif (node.op == "call_function" and node.target in _FLOAT_FUNCTIONS) or (
-            node.op == "call_method" and node.target in _FLOAT_METHODS
-        ):
-            self.rows.append(ReportRow(_location(node), name, None, f"{_ONLY_LAYERS}, and {_ONLY_RELU}"))
+        elif name not in _NEUTRAL_CALLS:
+            self.rows.append(ReportRow(_location(node), name, None, _NOT_CONVERTED))
 
     def _quantise_output(self, node: fx.Node, kind: str) -> None:
         # In place, later readers of the input see the activation's output: they must see the quantised one.
         stale = [node]
         if _is_inplace(node, self.modules):
             stale.append(node.args[0] if node.args else node.kwargs["input"])
+            if _read_through_alias(node, stale[1], self.modules):
+                reason = "works in place on a tensor that is read under another name later; that reader sees float"
+                self.rows.append(ReportRow(_location(node), kind, None, reason))
         readers = [n for source in stale for n in source.users if node < n]
         target = f"{_ACT}.{len(self.acts)}"
         self.acts.append(QuantAct(self.act_bits))
@@ -334,30 +414,18 @@ def _rewrite(
 
 
 def _converted_layer(module: nn.Module, weight_bits: int) -> nn.Module:
-    layer = _LAYERS[type(module)].from_float(module, weight_bits)
-    # The copy's own parameters, so that parameters tied to other layers stay tied.
+    """The quantised layer around the very parameters of `module`, so that those tied to other layers stay tied."""
+    layer = _LAYERS[type(module)].without_parameters(module, weight_bits)
     layer.weight, layer.bias = module.weight, module.bias
-    return layer
-
-
-def _leaf_row(path: str, module: nn.Module) -> ReportRow | None:
-    if isinstance(module, _FLOAT_ACTIVATIONS):
-        return ReportRow(path, type(module).__name__, None, _ONLY_RELU)
-    if isinstance(module, _NORMS):
-        return None
-    if any(p.dim() > 1 for p in module.parameters()):
-        reason = _ONLY_LAYERS
-        if isinstance(module, tuple(_LAYERS)):
-            reason = f"a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'} may compute anything"
-        return ReportRow(path, type(module).__name__, None, reason)
-    return None
+    return layer.train(module.training)
 
 
 def _swap_modules(
     root: nn.Module, weight_bits: int, act_bits: int, why_untraced: str
 ) -> tuple[nn.Module, list[ReportRow]]:
     """Replace layers and ReLU modules where they stand; a ReLU module called twice has one range for both calls."""
-    rows = [ReportRow("functions called in forward", "?", None, f"unseen: not traceable ({why_untraced})")]
+    unseen = f"unseen: not traceable ({why_untraced}); nor is an in-place activation whose result is dropped quantised"
+    rows = [ReportRow("functions called in forward", "?", None, unseen)]
     replaced: dict[nn.Module, nn.Module] = {}
     for path, module in list(root.named_modules(remove_duplicate=False)):
         new = replaced.get(module)
@@ -370,7 +438,7 @@ def _swap_modules(
                 new = nn.Sequential(module, QuantAct(act_bits))
                 rows.append(ReportRow(path, kind, act_bits, quantizer=f"{path}.1"))
             else:
-                row = _leaf_row(path, module) if not list(module.children()) else None
+                row = _float_row(path, module)
                 rows.extend([row] if row is not None else [])
                 continue
             replaced[module] = new

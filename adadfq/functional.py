@@ -160,8 +160,10 @@ def fake_quantize(
 
     Args:
         x: floating tensor, any shape.
-        scale: positive step size; one element when `axis` is None, else ``[x.shape[axis]]``.
-        zero_point: integer code of 0, shaped like `scale`, in 0..2^bits - 1.
+        scale: step size; one element when `axis` is None, else ``[x.shape[axis]]``. Must be positive: like torch's own
+            fake quantisation this does not look, for on a GPU looking would wait for the device.
+        zero_point: code of 0, shaped like `scale`, an integer tensor. Must be in 0..2^bits - 1; it is not looked at
+            either.
         bits: width, 2..8.
         axis: channel dimension, or None for one scale for the whole tensor.
         clip_grad: zero the gradient outside the range.
@@ -175,8 +177,9 @@ def fake_quantize(
     checks.check_floating("x", x)
     checks.check_bits("bits", bits)
     checks.check_floating("scale", scale)
-    if not isinstance(zero_point, Tensor):
-        raise InvalidInputError(f"zero_point must be a tensor, got {type(zero_point).__name__}")
+    if not isinstance(zero_point, Tensor) or zero_point.is_floating_point() or zero_point.dtype == torch.bool:
+        got = zero_point.dtype if isinstance(zero_point, Tensor) else type(zero_point).__name__
+        raise InvalidInputError(f"zero_point must be an integer tensor, got {got}")
     checks.check_same_device("x", x, scale=scale, zero_point=zero_point)
     if axis is not None:
         axis = checks.check_axis(axis, x)

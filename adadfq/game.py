@@ -56,14 +56,15 @@ class BatchNormMatch:
             )
         self._losses: list[Tensor] = []
 
-    def _hook(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        self._losses.append(functional.bn_match(inputs[0], module.running_mean, module.running_var))
+    def _hook(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else kwargs["input"]
+        self._losses.append(functional.bn_match(x, module.running_mean, module.running_var))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect the losses of the forwards run inside the block."""
         self._losses = []
-        handles = [layer.register_forward_pre_hook(self._hook) for layer in self.layers]
+        handles = [layer.register_forward_pre_hook(self._hook, with_kwargs=True) for layer in self.layers]
         try:
             yield
         finally:

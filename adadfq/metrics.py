@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from adadfq import files
+
 
 class MetricBuffer:
     """Rows of metrics kept on the device, so that a step never waits for it; read once an epoch.
@@ -69,7 +71,7 @@ class MetricLog:
         """Write consecutive steps of one epoch."""
         for step, row in enumerate(rows, first_step):
             if self._file is not None:
-                self._file.write(json.dumps({"step": step, "epoch": epoch, **row}).encode() + b"\n")
+                self._file.write(json.dumps(files.finite({"step": step, "epoch": epoch, **row})).encode() + b"\n")
             if self._board is not None:
                 for name, value in row.items():
                     self._board.add_scalar(name, value, step)

@@ -7,7 +7,7 @@ average of the batch min/max. State_dict keys of the layers are ``weight`` and `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,8 +22,8 @@ __all__ = ["QuantAct", "QuantConv2d", "QuantLinear", "QuantWeight", "activations
 _Layer = TypeVar("_Layer", "QuantConv2d", "QuantLinear")
 
 
-def _adopt_parameters(layer: _Layer, source: nn.Module) -> _Layer:
-    """Give `layer`, built on the meta device, copies of the parameters of `source`."""
+def _copy_parameters(layer: _Layer, source: nn.Module) -> _Layer:
+    """Give `layer`, built without parameters, copies of those of `source`."""
     for name in ("weight", "bias"):
         parameter = getattr(source, name)
         if parameter is not None:
@@ -58,9 +58,14 @@ class QuantConv2d(nn.Conv2d):
             InvalidInputError: `module` is not exactly an ``nn.Conv2d`` (a subclass may compute something else), or
                 `weight_bits` is outside 2..8.
         """
+        return _copy_parameters(cls.without_parameters(module, weight_bits), module)
+
+    @classmethod
+    def without_parameters(cls, module: nn.Conv2d, weight_bits: int) -> QuantConv2d:
+        """A layer shaped like `module` with its parameters on the meta device; errors as :meth:`from_float`."""
         if type(module) is not nn.Conv2d:
             raise InvalidInputError(f"QuantConv2d.from_float takes a torch.nn.Conv2d, got {type(module).__name__}")
-        layer = cls(
+        return cls(
             module.in_channels,
             module.out_channels,
             module.kernel_size,
@@ -73,7 +78,6 @@ class QuantConv2d(nn.Conv2d):
             device="meta",
             weight_bits=weight_bits,
         )
-        return _adopt_parameters(layer, module)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, _, _ = functional.dynamic_fake_quantize(self.weight, self.weight_bits, axis=0)
@@ -107,12 +111,16 @@ class QuantLinear(nn.Linear):
         Raises:
             InvalidInputError: `module` is not exactly an ``nn.Linear``, or `weight_bits` is outside 2..8.
         """
+        return _copy_parameters(cls.without_parameters(module, weight_bits), module)
+
+    @classmethod
+    def without_parameters(cls, module: nn.Linear, weight_bits: int) -> QuantLinear:
+        """A layer shaped like `module` with its parameters on the meta device; errors as :meth:`from_float`."""
         if type(module) is not nn.Linear:
             raise InvalidInputError(f"QuantLinear.from_float takes a torch.nn.Linear, got {type(module).__name__}")
-        layer = cls(
+        return cls(
             module.in_features, module.out_features, module.bias is not None, device="meta", weight_bits=weight_bits
         )
-        return _adopt_parameters(layer, module)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, _, _ = functional.dynamic_fake_quantize(self.weight, self.weight_bits, axis=0)
@@ -215,6 +223,14 @@ class QuantAct(nn.Module):
         rate = torch.expm1(log_momentum) / torch.expm1(log_momentum * self.num_batches)
         self.running_min.lerp_(lo.to(self.running_min.dtype), rate)
         self.running_max.lerp_(hi.to(self.running_max.dtype), rate)
+        self._update_qparams()
+
+    def set_bits(self, act_bits: int) -> None:
+        """Change the width; the range stays."""
+        self.act_bits = checks.check_bits("act_bits", act_bits)
+        self._update_qparams()
+
+    def _update_qparams(self) -> None:
         scale, zero_point = functional.qparams(self.running_min, self.running_max, self.act_bits)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -248,8 +264,11 @@ def activations(model: nn.Module) -> dict[str, QuantAct]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantAct)}
 
 
-def set_calibrating(model: nn.Module, enabled: bool) -> None:
+def set_calibrating(model: nn.Module, enabled: bool, without_range: Collection[str] = ()) -> None:
     """Make every :class:`QuantAct` of `model` calibrate, or freeze them all.
+
+    Args:
+        without_range: names of those that the forward pass never reaches: freezing asks no range of them.
 
     Raises:
         InvalidInputError: freezing, and one of them has no range or one that is not finite; it is named and none is
@@ -258,6 +277,8 @@ def set_calibrating(model: nn.Module, enabled: bool) -> None:
     found = activations(model)
     if not enabled:
         for name, module in found.items():
+            if name in without_range:
+                continue
             try:
                 module.check_range()
             except InvalidInputError as error:

@@ -80,7 +80,14 @@ class Recipe:
         for name, type_ in get_type_hints(Recipe).items():
             if name != "by_weight_bits":
                 object.__setattr__(self, name, _typed(name, type_, getattr(self, name)))
-        widths = {checks.check_bits("by_weight_bits", int(k)): dict(v) for k, v in self.by_weight_bits.items()}
+        try:
+            widths = {int(k): dict(v) for k, v in self.by_weight_bits.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise InvalidInputError(
+                f"by_weight_bits must be {{bits: {{field: value}}}}, got {self.by_weight_bits!r}"
+            ) from None
+        for bits in widths:
+            checks.check_bits("by_weight_bits", bits)
         object.__setattr__(self, "by_weight_bits", widths)
         self._check()
         for bits, changes in widths.items():

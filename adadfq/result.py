@@ -26,7 +26,7 @@ from torch import nn
 
 from adadfq import files
 from adadfq.checkpoint import load_weights, read_state_dict, write_state_dict
-from adadfq.convert import module_bits, quantize, quantized_info, report, set_module_bits
+from adadfq.convert import is_as_quantized, module_bits, quantize, quantized_info, report, set_module_bits
 from adadfq.errors import CheckpointError, InvalidInputError
 from adadfq.models.build import rebuild_model
 from adadfq.recipe import Recipe
@@ -57,11 +57,22 @@ class Result:
     """Where it was written, if anywhere."""
 
 
-def save_result(directory: Path, result: Result, generator: nn.Module) -> None:
+@torch.no_grad()
+def probe(teacher: nn.Module, recipe: Recipe) -> list[list[float]]:
+    """Logits of `teacher` for two fixed images, [2][K]: they tell one architecture from another."""
+    shape = (2, recipe.image_channels, recipe.image_size, recipe.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    training = teacher.training
+    logits: list[list[float]] = teacher.eval()(images.to(next(teacher.parameters()).device)).tolist()
+    teacher.train(training)
+    return logits
+
+
+def save_result(directory: Path, result: Result, teacher: nn.Module, generator: nn.Module) -> None:
     """Write the student, the generator and then ``result.json`` into `directory`, which holds the teacher."""
     write_state_dict(directory / "student.safetensors", result.student.state_dict())
     write_state_dict(directory / "generator.safetensors", generator.state_dict())
-    info = quantized_info(result.student)
+    info = quantized_info(result.student) if is_as_quantized(result.student) else None
     description = {
         "format": FORMAT,
         "status": result.status,
@@ -78,6 +89,7 @@ def save_result(directory: Path, result: Result, generator: nn.Module) -> None:
         "report": report(result.student).to_dict(),
         "metrics": result.metrics,
         "versions": {"adadfq": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "probe": probe(teacher, result.recipe),
         "files": {
             name: files.sha256(directory / name)
             for name in ("student.safetensors", "teacher.safetensors", "generator.safetensors")
@@ -105,7 +117,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         found = result.get("format") if isinstance(result, dict) else type(result).__name__
         raise CheckpointError(f"{file} has format {found!r}, this version of adadfq reads {FORMAT}; use a matching one")
-    if missing := {"files", "model", "quantization", "recipe", "status"} - set(result):
+    if missing := {"files", "model", "probe", "quantization", "recipe", "status"} - set(result):
         raise CheckpointError(f"{file} lacks {', '.join(sorted(missing))}; it was damaged or edited")
     return result
 
@@ -121,7 +133,8 @@ def load(
     Args:
         path: the run's directory.
         model: the float network's architecture (any weights), where the run does not record how to build it. For a
-            student that :func:`adadfq.quantize` did not make: the quantised architecture itself.
+            student that :func:`adadfq.quantize` did not make, or whose layers were replaced since: the quantised
+            architecture itself.
         device: where to put it.
         trust_model_code: allow importing the module or file that the run names as the model's code. Built-in models
             and those of torchvision, pytorchcv and timm need no such consent.
@@ -137,7 +150,8 @@ def load(
     if widths["weight_bits"] is None:
         student = copy.deepcopy(architecture)
     else:
-        student = quantize(architecture, widths["weight_bits"], widths["act_bits"])
+        teacher = _with_teacher_weights(architecture, Path(path), result)
+        student = quantize(teacher, widths["weight_bits"], widths["act_bits"])
         set_module_bits(student, widths["modules"])
     _load_file(student, Path(path), "student.safetensors", result["files"])
     return student.to(device).eval()
@@ -151,9 +165,23 @@ def load_teacher(
 ) -> nn.Module:
     """The float network a run started from, in eval mode. Arguments and errors as :func:`load`."""
     result = read_result(path)
-    teacher = copy.deepcopy(_architecture(result, Path(path), model, trust_model_code))
-    _load_file(teacher, Path(path), "teacher.safetensors", result["files"])
-    return teacher.to(device).eval()
+    architecture = _architecture(result, Path(path), model, trust_model_code)
+    return _with_teacher_weights(architecture, Path(path), result).to(device).eval()
+
+
+def _with_teacher_weights(architecture: nn.Module, directory: Path, result: Mapping[str, Any]) -> nn.Module:
+    """A copy of `architecture` with the run's float weights, on the CPU, that computes what the run's teacher did."""
+    teacher = copy.deepcopy(architecture).cpu()
+    _load_file(teacher, directory, "teacher.safetensors", result["files"])
+    then = torch.tensor(result["probe"])
+    now = torch.tensor(probe(teacher, Recipe.from_dict(result["recipe"])))
+    # Far above what devices and versions differ by, far below what another stride or pooling does.
+    if now.shape != then.shape or not bool(((now - then).abs() <= 0.02 * then.abs().max()).all()):
+        raise CheckpointError(
+            f"the weights in {directory} fit this {type(teacher).__name__}, but it computes something else than the "
+            "network they come from: pass model=, an instance of that very architecture"
+        )
+    return teacher
 
 
 def _architecture(result: Mapping[str, Any], path: Path, model: nn.Module | None, trust_model_code: bool) -> nn.Module:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adadfq import files
-from adadfq.checkpoint import write_state_dict
+from adadfq.checkpoint import load_weights, read_state_dict, write_state_dict
 from adadfq.convert import module_bits, quantized_info
 from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
 from adadfq.game import METRICS, Game
 from adadfq.generator import build_generator
 from adadfq.metrics import MetricBuffer, MetricLog, Progress
-from adadfq.nn import activations, frozen_ranges, set_calibrating
+from adadfq.nn import frozen_ranges, set_calibrating
+from adadfq.players import check_generator, check_network, check_players
 from adadfq.recipe import Recipe
 from adadfq.result import CHECKPOINT, RESULT, Result, save_result
 
@@ -44,8 +47,9 @@ class Trainer:
             score ``trainer.student``.
 
     Raises:
-        InvalidInputError: the models do not fit the recipe or each other, the teacher has no BatchNorm, or the student
-            has no activation quantiser or is in use elsewhere as float.
+        InvalidInputError: the models do not fit the recipe or each other, the teacher has no BatchNorm, a network is
+            not float32 or not finite, or the student is not quantised. The student and the generator are then as they
+            were.
     """
 
     def __init__(
@@ -65,80 +69,69 @@ class Trainer:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise InvalidInputError(f"seed must be an integer in 0..2^63 - 1, got {seed!r}")
         for name, model in (("teacher", teacher), ("student", student)):
-            if not isinstance(model, nn.Module):
-                raise InvalidInputError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+            check_network(name, model)
         if teacher is student or not module_bits(student):
             raise InvalidInputError(
                 "student must be a quantised model: adadfq.quantize(teacher, weight_bits, act_bits)"
             )
+        if not any(p.requires_grad for p in student.parameters()):
+            raise InvalidInputError("the student has no parameter that requires a gradient: nothing would train")
         info = quantized_info(student)
-        self.recipe = recipe.for_weight_bits(info.weight_bits) if info else recipe.replace(by_weight_bits={})
+        if info is None and recipe.by_weight_bits:
+            raise InvalidInputError(
+                f"recipe {recipe.name} differs by width and the student was not made by adadfq.quantize(): "
+                "pass recipe.for_weight_bits(bits)"
+            )
+        self.recipe = recipe.for_weight_bits(info.weight_bits) if info else recipe
+        if generator is None:
+            with torch.random.fork_rng(devices=[]):
+                # Not torch.manual_seed, which would reseed every GPU too.
+                torch.default_generator.manual_seed(seed)
+                generator = build_generator(self.recipe)
+        check_generator(generator, self.recipe)
+        if self.recipe.epochs <= self.recipe.warmup_epochs:
+            warnings.warn(
+                f"the student will not train: it starts after warmup_epochs={self.recipe.warmup_epochs} of "
+                f"epochs={self.recipe.epochs}; the result is round to nearest over calibrated ranges",
+                stacklevel=2,
+            )
+
         self.seed = seed
         self.device = torch.device(device) if device is not None else next(teacher.parameters()).device
         self.progress, self.on_epoch_end = progress, on_epoch_end
-
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        if generator is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                generator = build_generator(self.recipe)
-        _check_generator(generator, self.recipe)
-        self.generator = generator.to(self.device).train()
+        before = [(m, m.training, next(m.parameters()).device) for m in (student, generator)]
         self.student = student.to(self.device).eval()
+        self.generator = generator.to(self.device).train()
+        try:
+            self._unreached = check_players(self.teacher, self.student, self.generator, self.recipe)
+        except BaseException:
+            for model, training, was_on in before:
+                model.to(was_on).train(training)
+            raise
         self.random = torch.Generator(self.device).manual_seed(seed)
         self._make_optimizers()
         self.game = Game(
             self.teacher, self.student, self.generator, self.recipe, self.optimizer_generator, self.optimizer_student
         )
-        self._check_forward()
         self.epoch, self.step = 0, 0
         self._directory: Path | None = None
+        self._used = False
 
     def _make_optimizers(self) -> None:
         recipe = self.recipe
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        if not trained:
-            raise InvalidInputError("the student has no parameter that requires a gradient: nothing would train")
         self.optimizer_generator = torch.optim.Adam(
             [p for p in self.generator.parameters() if p.requires_grad],
             lr=recipe.lr_generator,
             betas=(recipe.adam_betas[0], recipe.adam_betas[1]),
         )
         self.optimizer_student = torch.optim.SGD(
-            trained,
+            [p for p in self.student.parameters() if p.requires_grad],
             lr=recipe.lr_student,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             nesterov=recipe.nesterov,
         )
-
-    @torch.no_grad()
-    def _check_forward(self) -> None:
-        """Run both networks once on noise: shapes are refused here, before anything moves."""
-        recipe = self.recipe
-        shape = (2, recipe.image_channels, recipe.image_size, recipe.image_size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        for name, model in (("teacher", self.teacher), ("student", self.student)):
-            try:
-                with frozen_ranges(model):
-                    logits = model(images)
-            except AdadfqError:
-                raise
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise InvalidInputError(
-                    f"the {name} does not take images of shape {list(shape)} (image_channels and image_size of the "
-                    f"recipe): {error}"
-                ) from error
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
-                got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise InvalidInputError(f"the {name} must return logits [B, K], got {got}")
-            if logits.shape[1] != recipe.num_classes:
-                raise InvalidInputError(
-                    f"the {name} has {logits.shape[1]} classes and the recipe {recipe.num_classes}: "
-                    f"set num_classes={logits.shape[1]}"
-                )
-        if not bool(torch.isfinite(logits).all()) and not activations(self.student):
-            raise InvalidInputError("the student's logits are not finite")
 
     def fit(self, out: str | os.PathLike[str] | None = None, resume: bool = False) -> Result:
         """Train for the recipe's epochs.
@@ -154,20 +147,23 @@ class Trainer:
             :class:`adadfq.Result`.
 
         Raises:
-            InvalidInputError: `out` exists, or `resume` without it.
-            CheckpointError: the checkpoint cannot be read or is of another recipe, seed or student.
+            InvalidInputError: `out` exists, `resume` without it, or a second call: a trainer trains once.
+            CheckpointError: the checkpoint cannot be read, or is of another recipe, seed, student or teacher, or has
+                no epoch left.
             AdadfqError: a loss is no longer finite; the last epoch's checkpoint remains.
         """
+        if self._used:
+            raise InvalidInputError("this Trainer has already run; make a new one (fit(out, resume=True) goes on)")
         directory = Path(out) if out is not None else None
         if resume:
             if directory is None:
                 raise InvalidInputError("resume needs the directory of the run to go on with")
-            self._restore(directory / CHECKPOINT)
+            self._restore(directory)
             (directory / RESULT).unlink(missing_ok=True)
         elif directory is not None:
             files.new_directory(directory)
             write_state_dict(directory / "teacher.safetensors", self.teacher.state_dict())
-        self._directory = directory
+        self._directory, self._used = directory, True
 
         recipe = self.recipe
         buffer = MetricBuffer(METRICS, recipe.steps_per_epoch, self.device)
@@ -193,11 +189,11 @@ class Trainer:
             raise KeyboardInterrupt
         if not complete and directory is not None:
             self._save_checkpoint(directory / CHECKPOINT)
-        set_calibrating(self.student, False)
+        self._freeze()
         status = "complete" if complete else "interrupted"
         result = Result(self.student, recipe, self.seed, status, self.step, means, directory)
         if directory is not None:
-            save_result(directory, result, self.generator)
+            save_result(directory, result, self.teacher, self.generator)
             if complete:
                 (directory / CHECKPOINT).unlink(missing_ok=True)
         return result
@@ -207,10 +203,11 @@ class Trainer:
     ) -> list[dict[str, float]]:
         """Play to the end of the present epoch, or to an interrupt; returns the metrics of the steps played."""
         recipe = self.recipe
-        set_learning_rates(self)
-        calibrating = self.epoch < recipe.calibration_epochs
-        if self.step == self.epoch * recipe.steps_per_epoch:
-            set_calibrating(self.student, calibrating)
+        self._set_learning_rates()
+        if self.epoch < recipe.calibration_epochs:
+            set_calibrating(self.student, True)
+        else:
+            self._freeze()
         train_student = self.epoch >= recipe.warmup_epochs
         while self.step < (self.epoch + 1) * recipe.steps_per_epoch and not interrupted():
             noise = torch.randn(recipe.batch_size, recipe.latent_dim, generator=self.random, device=self.device)
@@ -226,16 +223,35 @@ class Trainer:
         progress.epoch(self.epoch, phase, means)
         self.epoch += 1
         if self.epoch == recipe.calibration_epochs:
-            set_calibrating(self.student, False)
+            self._freeze()
         if self.on_epoch_end is not None:
-            self.on_epoch_end(self.epoch - 1, self)
+            # Images shown to the student there are not to move its ranges: they may be real ones.
+            with frozen_ranges(self.student):
+                self.on_epoch_end(self.epoch - 1, self)
+            self.student.eval()
+            self.generator.train()
         if self._directory is not None and self.epoch < recipe.epochs:
             self._save_checkpoint(self._directory / CHECKPOINT)
+
+    def _freeze(self) -> None:
+        """Freeze every range; quantisers the forward pass never reaches have none and need none."""
+        set_calibrating(self.student, False, without_range=self._unreached)
+
+    def _set_learning_rates(self) -> None:
+        """Step decay: both base rates times ``lr_decay`` for every milestone reached by the present epoch."""
+        recipe = self.recipe
+        factor = recipe.lr_decay ** sum(self.epoch >= milestone for milestone in recipe.lr_milestones)
+        for optimizer, base in (
+            (self.optimizer_generator, recipe.lr_generator),
+            (self.optimizer_student, recipe.lr_student),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
 
     def _check_finite(self, rows: list[dict[str, float]]) -> None:
         for i, row in enumerate(rows):
             for name in ("loss_generator", "loss_student"):
-                if not torch.isfinite(torch.tensor(row[name])):
+                if not math.isfinite(row[name]):
                     step = self.step - len(rows) + i
                     raise AdadfqError(
                         f"{name} is {row[name]} at step {step} (epoch {self.epoch + 1}): training diverged; lower "
@@ -248,8 +264,8 @@ class Trainer:
         recipe.pop("epochs")
         return {"recipe": recipe, "seed": self.seed, "bits": module_bits(self.student)}
 
-    def _save_checkpoint(self, path: Path) -> None:
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "settings": self._settings(),
             "epoch": self.epoch,
             "step": self.step,
@@ -259,10 +275,14 @@ class Trainer:
             "optimizer_generator": self.optimizer_generator.state_dict(),
             "random": self.random.get_state(),
         }
-        with files.atomic_write(path) as file:
-            torch.save(state, file)
 
-    def _restore(self, path: Path) -> None:
+    def _save_checkpoint(self, path: Path) -> None:
+        with files.atomic_write(path) as temporary:
+            torch.save(self._state(), temporary)
+
+    def _restore(self, directory: Path) -> None:
+        """Take up the run in `directory`; everything is checked before anything is changed."""
+        path = directory / CHECKPOINT
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint to resume from at {path}")
         try:
@@ -270,42 +290,34 @@ class Trainer:
         except Exception as error:  # torch.load raises whatever its zip and pickle readers do
             # The reader's own advice is to load it unsafely: only its first sentence is passed on.
             raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0].split('. ')[0]}") from None
-        ours = self._settings()
-        theirs = state["settings"]
+        expected = set(self._state())
+        if not isinstance(state, dict) or set(state) != expected:
+            raise CheckpointError(f"{path} is not a checkpoint of adadfq: it must hold {', '.join(sorted(expected))}")
+        ours, theirs = self._settings(), state["settings"]
         differing = [k for k in ours["recipe"] if ours["recipe"][k] != theirs["recipe"].get(k)]
         differing += [k for k in ("seed", "bits") if ours[k] != theirs[k]]
+        saved_teacher = copy.deepcopy(self.teacher)
+        load_weights(saved_teacher, read_state_dict(directory / "teacher.safetensors"), "the run's teacher")
+        ours_now, theirs_then = self.teacher.state_dict(), saved_teacher.state_dict()
+        if not all(torch.equal(ours_now[key], theirs_then[key]) for key in ours_now):
+            differing.append("teacher")
         if differing:
             raise CheckpointError(
                 f"{path} belongs to a run with other settings ({', '.join(differing)}): resume with the same ones"
             )
-        self.student.load_state_dict(state["student"])
-        self.generator.load_state_dict(state["generator"])
+        if state["epoch"] >= self.recipe.epochs:
+            raise CheckpointError(
+                f"{path} has {state['epoch']} epochs behind it and the recipe asks for {self.recipe.epochs}: "
+                "give more epochs to go on"
+            )
+        source = f"{path} (generator)"
+        load_weights(copy.deepcopy(self.generator), state["generator"], source)
+        load_weights(self.student, state["student"], f"{path} (student)")
+        load_weights(self.generator, state["generator"], source)
         self.optimizer_student.load_state_dict(state["optimizer_student"])
         self.optimizer_generator.load_state_dict(state["optimizer_generator"])
         self.random.set_state(state["random"])
         self.epoch, self.step = state["epoch"], state["step"]
-
-
-def set_learning_rates(trainer: Trainer) -> None:
-    """Step decay: both base rates times ``lr_decay`` for every milestone reached by the present epoch."""
-    recipe = trainer.recipe
-    factor = recipe.lr_decay ** sum(trainer.epoch >= milestone for milestone in recipe.lr_milestones)
-    for optimizer, base in (
-        (trainer.optimizer_generator, recipe.lr_generator),
-        (trainer.optimizer_student, recipe.lr_student),
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = base * factor
-
-
-def _check_generator(generator: Any, recipe: Recipe) -> None:
-    if not isinstance(generator, nn.Module):
-        raise InvalidInputError(f"generator must be a torch.nn.Module, got {type(generator).__name__}")
-    for name in ("num_classes", "latent_dim"):
-        if (found := getattr(generator, name, None)) != getattr(recipe, name):
-            raise InvalidInputError(
-                f"the generator has {name}={found!r} and the recipe {getattr(recipe, name)}: make them agree"
-            )
 
 
 @contextmanager

@@ -121,10 +121,72 @@ def test_what_is_left_in_float_is_listed_with_a_reason() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.norm(self.act(self.up(self.conv(x))))
-            return F.gelu(x).sigmoid().mean((2, 3))
+            x = F.gelu(x).sigmoid().clamp_min(0).mean((2, 3))
+            return torch.addmm(x, x, torch.maximum(x[:4, :4], x[:4, :4]))
 
-    left = {r.kind: r.reason for r in adadfq.report(adadfq.quantize(Mixed())).left_in_float}
-    assert set(left) == {"ConvTranspose2d", "SiLU", "gelu", "sigmoid"} and all(left.values())
+    with pytest.warns(UserWarning, match="has no ReLU or ReLU6"):
+        student = adadfq.quantize(Mixed())
+    left = {r.kind: r.reason for r in adadfq.report(student).left_in_float}
+    assert set(left) == {"ConvTranspose2d", "SiLU", "gelu", "sigmoid", "clamp_min", "addmm", "maximum"}
+    assert all(left.values())
+
+
+class InplaceThroughAnAlias(nn.Module):
+    """Reads what an in-place ReLU wrote under another name."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        if self.form == "dropout":
+            F.relu_(self.dropout(x))
+        elif self.form == "view":
+            torch.relu_(x.view(-1))
+        else:
+            y = x.flatten(1)
+            x.relu_()
+            return y
+        return x
+
+
+@pytest.mark.parametrize("form", ["dropout", "view", "flatten"])
+def test_an_alias_of_an_inplace_activation_is_reported(form: str) -> None:
+    (row,) = adadfq.report(adadfq.quantize(InplaceThroughAnAlias(form).eval())).left_in_float
+    assert "under another name" in row.reason
+
+
+def test_inner_modules_of_an_unconverted_one_are_reported() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.mix = nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.mix(x, self.linear(x), x)[0])
+
+    report = adadfq.report(adadfq.quantize(Attention()))
+    assert {r.where for r in report.left_in_float} == {"mix", "mix.out_proj"}
+
+
+def test_hooks_are_refused() -> None:
+    net = _net()
+    net.linear.register_forward_hook(lambda m, x, y: y * 2)
+    with pytest.raises(adadfq.InvalidInputError, match="linear has forward hooks"):
+        adadfq.quantize(net)
+
+
+def test_bits_of_a_calibrated_quantiser_can_be_changed() -> None:
+    student = adadfq.quantize(_net(), 8, 8)
+    student(torch.randn(2, 3, 6, 6))
+    act = student.get_submodule("act_quant.0")
+    set_module_bits(student, {"act_quant.0": 3})
+    assert act.act_bits == 3
+    torch.testing.assert_close(act.scale, act.running_max / 7)
+    student.linear = nn.Linear(4, 5)
+    assert ["replaced" in r.reason for r in adadfq.report(student).rows if r.where == "linear"] == [True]
 
 
 def test_a_subclass_of_conv_with_a_forward_of_its_own_is_quantised_through_its_call() -> None:
@@ -186,6 +248,7 @@ def test_tied_weights_stay_tied() -> None:
     assert student.get_submodule("0").weight is not net[0].weight
 
 
+@pytest.mark.filterwarnings("ignore:.*no ReLU")
 def test_a_layer_alone_can_be_quantised() -> None:
     student = adadfq.quantize(nn.Conv2d(3, 4, 3), 2, 2)
     assert [r.bits for r in adadfq.report(student).rows] == [2]
@@ -200,7 +263,11 @@ def test_mode_is_kept() -> None:
 def test_report_of_modules_placed_by_hand() -> None:
     model = nn.Sequential(QuantConv2d(3, 4, 1, weight_bits=5), nn.ReLU(), nn.Conv2d(4, 4, 1))
     rows = {r.where: (r.bits, r.reason) for r in adadfq.report(model).rows}
-    assert rows["0"] == (5, "") and rows["1"] == (None, "no quantiser after it") and rows["2"][0] is None
+    assert (
+        rows["0"] == (5, "")
+        and rows["1"] == (None, "quantised only where a QuantAct follows it")
+        and rows["2"][0] is None
+    )
 
 
 def test_bad_models_are_refused() -> None:

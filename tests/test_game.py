@@ -76,7 +76,9 @@ def _oracle_student(teacher: nn.Module, parameters: dict[str, Tensor], student: 
 @pytest.mark.parametrize("detach_min", [False, True])
 @pytest.mark.parametrize("generator", ["label_embedding", "conditional_bn"])
 def test_one_step_equals_the_oracle(generator: str, detach_min: bool) -> None:
-    teacher, student, made, game = _players(generator=generator, detach_min=detach_min, lambda_l=0.4, lambda_u=0.6)
+    teacher, student, made, game = _players(
+        generator=generator, detach_min=detach_min, lambda_l=0.4, lambda_u=0.6, beta=0.7, gamma=0.3
+    )
     recipe = game.recipe
     noise = torch.randn(recipe.batch_size, recipe.latent_dim, dtype=torch.float64)
     labels = torch.randint(10, (recipe.batch_size,))
@@ -175,11 +177,69 @@ def test_warm_up_leaves_the_student_alone() -> None:
     assert all(p.requires_grad for p in student.parameters())
 
 
+def test_batch_norm_called_by_keyword_is_seen() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(input=x)
+
+    teacher, x = Keyword().eval(), torch.randn(4, 3, 5, 5)
+    matching = BatchNormMatch(teacher)
+    with matching.watching():
+        teacher(x)
+    expected = oracle.batch_norm_statistics_loss(x, torch.zeros(3), torch.ones(3))
+    torch.testing.assert_close(matching.loss().double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_teacher_without_batch_norm_is_refused() -> None:
     with pytest.raises(adadfq.InvalidInputError, match="has no BatchNorm layer with running statistics"):
         BatchNormMatch(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     with pytest.raises(adadfq.InvalidInputError, match="has no BatchNorm"):
         BatchNormMatch(nn.BatchNorm2d(3, track_running_stats=False))
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) / torch.sqrt(var + eps)
+
+
+@pytest.mark.parametrize("make", [LabelEmbeddingGenerator, ConditionalGenerator])
+def test_generators_are_the_papers(make: type[nn.Module]) -> None:
+    """Written out: where each norm, upsampling and activation stands, and with which constants."""
+    torch.manual_seed(0)
+    generator = make(10, 16, 3, latent_dim=12).double()
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    p = dict(generator.named_parameters())
+    noise, labels = torch.randn(6, 12, dtype=torch.float64), torch.tensor([0, 3, 3, 9, 1, 7])
+
+    def affine(x: Tensor, name: str) -> Tensor:
+        if make is ConditionalGenerator:
+            rows = p[f"{name}.weight.weight"][labels], p[f"{name}.bias.weight"][labels]
+            return x * rows[0][:, :, None, None] + rows[1][:, :, None, None]
+        return x * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
+
+    def double(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def leaky(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.2 * x)
+
+    def conv(x: Tensor, name: str) -> Tensor:
+        return torch_F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], padding=1)
+
+    x = noise if make is ConditionalGenerator else noise * p["label_embedding.weight"][labels]
+    x = (x @ p["project.weight"].T + p["project.bias"]).reshape(6, 128, 4, 4)
+    x = double(affine(_norm(x, 1e-5), "norm1"))
+    x = double(leaky(affine(_norm(conv(x, "conv2"), 0.8), "norm2")))
+    x = leaky(affine(_norm(conv(x, "conv3"), 0.8), "norm3"))
+    expected = _norm(torch.tanh(conv(x, "to_image")), 1e-5)
+    assert p["conv2.weight"].shape == (128, 128, 3, 3) and p["conv3.weight"].shape == (64, 128, 3, 3)
+    torch.testing.assert_close(generator(noise, labels), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("make", [LabelEmbeddingGenerator, ConditionalGenerator])

@@ -77,6 +77,8 @@ def test_an_override_wins_over_the_width() -> None:
         ("lr_student", float("nan"), "lr_student must be a finite number"),
         ("adam_betas", (0.5,), "adam_betas must be two numbers"),
         ("by_weight_bits", {9: {}}, r"by_weight_bits must be 2\.\.8, got 9"),
+        ("by_weight_bits", {"x": {}}, r"by_weight_bits must be \{bits"),
+        ("by_weight_bits", [4], r"by_weight_bits must be \{bits"),
         ("by_weight_bits", {4: {"lamda": 1}}, "unknown recipe field lamda"),
         ("learning_rate", 1, "unknown recipe field learning_rate"),
     ],

@@ -82,6 +82,71 @@ def test_learning_rates_step_down_at_the_milestones() -> None:
     assert rates == [pytest.approx(row) for row in expected]
 
 
+def test_the_optimisers_are_the_recipes() -> None:
+    trainer = _trainer(momentum=0.8, weight_decay=3e-4, adam_betas=(0.4, 0.99), lr_generator=2e-3)
+    (student,) = trainer.optimizer_student.param_groups
+    found = [student[k] for k in ("lr", "momentum", "weight_decay", "nesterov", "dampening")]
+    assert found == [1e-2, 0.8, 3e-4, True, 0] and type(trainer.optimizer_student) is torch.optim.SGD
+    (generator,) = trainer.optimizer_generator.param_groups
+    assert [generator[k] for k in ("lr", "betas", "weight_decay")] == [2e-3, (0.4, 0.99), 0]
+    assert type(trainer.optimizer_generator) is torch.optim.Adam
+    assert len(student["params"]) == len(list(trainer.student.parameters()))
+
+
+def test_noise_is_normal_and_labels_are_uniform() -> None:
+    trainer = _trainer(epochs=1, steps_per_epoch=100, warmup_epochs=0, batch_size=8)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(noise: torch.Tensor, labels: torch.Tensor, train_student: bool) -> torch.Tensor:
+        seen.append((noise, labels))
+        return torch.zeros(len(METRICS))
+
+    trainer.game.step = watch
+    with torch.no_grad():
+        trainer.student(torch.randn(2, 3, 8, 8))
+    trainer.fit()
+    noise, labels = (torch.cat(column) for column in zip(*seen, strict=True))
+    assert noise.shape == (800, 16) and abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
+    counts = torch.bincount(labels, minlength=10)
+    assert len(counts) == 10 and counts.min() > 40 and counts.max() < 120
+
+
+def test_making_a_trainer_moves_nothing() -> None:
+    teacher = toy_teacher()
+    student = adadfq.quantize(teacher)
+    before = copy.deepcopy(student.state_dict())
+    generator = adadfq.generator.LabelEmbeddingGenerator(10, 8, 3, latent_dim=16)
+    state = copy.deepcopy(generator.state_dict())
+    trainer = adadfq.Trainer(teacher, student, toy_recipe(), generator, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert all(torch.equal(v, state[k]) for k, v in generator.state_dict().items())
+    assert all(int(act.num_batches) == 0 for act in activations(trainer.student).values())
+
+
+def test_images_shown_by_a_callback_move_no_range() -> None:
+    def show(epoch: int, trainer: adadfq.Trainer) -> None:
+        trainer.student.train()
+        trainer.student(1000 * torch.randn(4, 3, 8, 8))
+
+    quiet, loud = _trainer().fit(), _trainer(on_epoch_end=show).fit()
+    ranges = [{k: v for k, v in r.student.state_dict().items() if "running_max" in k} for r in (quiet, loud)]
+    assert ranges[0] == ranges[1] and not loud.student.training
+
+
+def test_a_trainer_trains_once() -> None:
+    trainer = _trainer()
+    trainer.fit()
+    with pytest.raises(adadfq.InvalidInputError, match="already run"):
+        trainer.fit()
+
+
+def test_a_student_that_will_not_train_is_announced() -> None:
+    with pytest.warns(UserWarning, match="the student will not train.*round to nearest"):
+        trainer = _trainer(epochs=2, warmup_epochs=2)
+    before = trainer.student.conv1.weight.clone()
+    assert torch.equal(trainer.fit().student.conv1.weight, before)
+
+
 def test_training_brings_the_student_nearer_to_the_teacher() -> None:
     means: list[float] = []
     trainer = _trainer(epochs=16, steps_per_epoch=25, warmup_epochs=4, lr_student=3e-3, calibration_epochs=4)
@@ -160,6 +225,59 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
         adadfq.load(tmp_path)
 
 
+def test_an_edited_student_is_written_and_loads_as_it_is(tmp_path: Path) -> None:
+    teacher = toy_teacher()
+    student = adadfq.quantize(teacher)
+    student.linear = copy.deepcopy(teacher.linear)
+    architecture = copy.deepcopy(student)
+    result = adadfq.Trainer(teacher, student, toy_recipe(), progress=False).fit(tmp_path / "run")
+    assert adadfq.report(student).left_in_float[0].where == "linear"
+    loaded, x = adadfq.load(tmp_path / "run", model=architecture), torch.randn(2, 3, 8, 8)
+    assert torch.equal(loaded(x), result.student(x))
+
+
+def test_another_architecture_with_the_same_weights_is_refused(tmp_path: Path) -> None:
+    _trainer().fit(tmp_path / "run")
+    other = ToyNet()
+    other.conv2.stride = (2, 2)
+    for read in (adadfq.load, load_teacher):
+        with pytest.raises(adadfq.CheckpointError, match="it computes something else"):
+            read(tmp_path / "run", model=other)
+
+
+def test_a_network_whose_own_keys_have_a_prefix(tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = toy_teacher()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.module(x)
+
+    teacher = Wrapped().eval()
+    result = adadfq.Trainer(teacher, adadfq.quantize(teacher), toy_recipe(), progress=False).fit(tmp_path / "run")
+    assert _same(adadfq.load(tmp_path / "run", model=Wrapped()), result.student)
+    assert _same(load_teacher(tmp_path / "run", model=Wrapped()), teacher)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
+def test_a_quantiser_the_forward_never_reaches_needs_no_range() -> None:
+    class Spare(ToyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 1e9:  # keeps torch.fx out
+                return x
+            return self.linear(self.used(self.bn2(self.conv2(self.used(self.bn1(self.conv1(x)))))).mean((2, 3)))
+
+    teacher = Spare().eval()
+    student = adadfq.quantize(teacher)
+    assert set(activations(student)) == {"used.1", "spare.1"}
+    assert adadfq.Trainer(teacher, student, toy_recipe(), progress=False).fit().status == "complete"
+
+
 def _interrupt_at(step: int, trainer: adadfq.Trainer) -> None:
     play = trainer.game.step
 
@@ -191,6 +309,7 @@ def test_an_interrupted_run_is_usable_and_goes_on_to_the_same_result(tmp_path: P
     assert [json.loads(line)["step"] for line in lines] == list(range(12))
 
 
+@pytest.mark.filterwarnings("ignore:the student will not train")
 def test_resuming_asks_for_the_same_run(tmp_path: Path) -> None:
     trainer = _trainer()
     _interrupt_at(5, trainer)
@@ -199,6 +318,17 @@ def test_resuming_asks_for_the_same_run(tmp_path: Path) -> None:
         _trainer(alpha_ds=0.9).fit(tmp_path / "run", resume=True)
     with pytest.raises(adadfq.CheckpointError, match="other settings .*seed"):
         _trainer(seed=9).fit(tmp_path / "run", resume=True)
+    with pytest.raises(adadfq.CheckpointError, match="has 1 epochs behind it and the recipe asks for 1"):
+        _trainer(epochs=1).fit(tmp_path / "run", resume=True)
+    teacher = toy_teacher()
+    with torch.no_grad():
+        teacher.linear.bias.add_(1)
+    other = adadfq.Trainer(teacher, adadfq.quantize(teacher, 4, 4), toy_recipe(), progress=False)
+    with pytest.raises(adadfq.CheckpointError, match="other settings .*teacher"):
+        other.fit(tmp_path / "run", resume=True)
+    torch.save({"student": {}}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(adadfq.CheckpointError, match="is not a checkpoint of adadfq"):
+        _trainer().fit(tmp_path / "run", resume=True)
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(adadfq.CheckpointError, match="cannot be read"):
         _trainer().fit(tmp_path / "run", resume=True)
@@ -248,6 +378,25 @@ def test_what_does_not_fit_is_refused() -> None:
         make(image_channels=1, mean=(0.0,), std=(1.0,))
     with pytest.raises(adadfq.InvalidInputError, match="the student has 7 classes"):
         make(student=adadfq.quantize(toy_teacher(7)))
+    student = adadfq.quantize(teacher).train()
+    with pytest.raises(adadfq.InvalidInputError, match="10 classes"):
+        make(student=student, num_classes=100)
+    assert student.training
+    with pytest.raises(adadfq.InvalidInputError, match=r"the teacher must be float32, got torch\.bfloat16"):
+        make(toy_teacher().bfloat16(), student=student)
+    broken = toy_teacher()
+    with torch.no_grad():
+        broken.bn1.running_var[0] = float("nan")
+    with pytest.raises(adadfq.InvalidInputError, match=r"NaN or infinity in bn1\.running_var"):
+        make(broken, student=student)
+    with pytest.raises(adadfq.InvalidInputError, match="the generator does not take noise and labels"):
+        make(batch_size=1, image_size=4)
+    with pytest.raises(adadfq.InvalidInputError, match=r"must return images of shape \[8, 3, 8, 8\], got \[8, 1, 8, 8"):
+        generator = adadfq.generator.LabelEmbeddingGenerator(10, 8, 1, latent_dim=16)
+        adadfq.Trainer(teacher, student, toy_recipe(), generator, progress=False)
+    by_hand = nn.Sequential(adadfq.QuantConv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 10))
+    with pytest.raises(adadfq.InvalidInputError, match="differs by width and the student was not made by"):
+        make(student=by_hand, by_weight_bits={4: {"gamma": 2.0}})
     with pytest.raises(adadfq.InvalidInputError, match="recipe must be an adadfq.Recipe, got str"):
         adadfq.Trainer(teacher, adadfq.quantize(teacher), "cifar10_resnet20")  # type: ignore[arg-type]
     with pytest.raises(adadfq.InvalidInputError, match="seed must be an integer"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adadfq.checkpoint import load_weights, read_state_dict
 from adadfq.errors import InvalidInputError
+from adadfq.models.build import build_model
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 #: Mean and deviation of the training half's pixels, in 0..1.
@@ -37,9 +38,10 @@ class DigitsNet(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def load_teacher() -> DigitsNet:
+def load_teacher() -> nn.Module:
     """The shipped teacher, in eval mode (``python -m adadfq.demo.train_teacher`` made its weights)."""
-    net = DigitsNet()
+    # Built by name, so that a run records how to build it again.
+    net = build_model("adadfq.demo.digits:DigitsNet")
     load_weights(net, read_state_dict(WEIGHTS), str(WEIGHTS))
     return net.eval()
 

@@ -129,7 +129,7 @@ def rebuild_model(record: Mapping[str, Any], trust_model_code: bool = False, sou
         )
     kwargs_now = dict(kwargs)
     if _trusted_root(spec) is not None:
-        kwargs_now |= {key: value for key, value in _NO_WEIGHTS.items() if key in kwargs}
+        kwargs_now |= _no_weights(spec, kwargs)
     if not trust_model_code and not is_trusted(spec, kwargs_now):
         raise CheckpointError(
             f"{source} asks to run the model code {spec!r} with {kwargs!r}, which is not code adadfq knows; if you "
@@ -139,6 +139,15 @@ def rebuild_model(record: Mapping[str, Any], trust_model_code: bool = False, sou
     model = build_model(spec, **kwargs_now)
     model.adadfq_model = {"spec": spec, "kwargs": kwargs}
     return model
+
+
+def _no_weights(spec: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that keep the callable from fetching weights: those it names, and those it was given."""
+    try:
+        named = set(inspect.signature(_resolve(spec)).parameters)
+    except (InvalidInputError, ValueError):
+        named = set()
+    return {key: value for key, value in _NO_WEIGHTS.items() if key in named or key in kwargs}
 
 
 def _under(module: str, root: str) -> bool:
