@@ -125,8 +125,8 @@ def test_making_a_trainer_moves_nothing() -> None:
 
 def test_images_shown_by_a_callback_move_no_range() -> None:
     def show(epoch: int, trainer: adadfq.Trainer) -> None:
-        trainer.student.train()
         trainer.student(1000 * torch.randn(4, 3, 8, 8))
+        trainer.student.train()
 
     quiet, loud = (_trainer(calibration_epochs=2, on_epoch_end=f).fit() for f in (None, show))
     ranges = [{k: v for k, v in r.student.state_dict().items() if "running_max" in k} for r in (quiet, loud)]
