@@ -73,10 +73,10 @@ def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str 
     module = BACKENDS[backend]
     if module.DEVICE_TYPE not in (None, device_type):
         return f"it serves {module.DEVICE_TYPE} tensors, not {device_type}"
-    if (reason := module.why_unavailable()) is not None:
-        return reason
     if op not in module.KERNELS:
         return "it has no kernel for this operator"
+    if (reason := module.why_unavailable()) is not None:
+        return reason
     if module.DTYPES is not None and dtype not in module.DTYPES:
         return f"it takes {', '.join(sorted(str(d).removeprefix('torch.') for d in module.DTYPES))}, not {dtype}"
     return None
