@@ -166,17 +166,29 @@ def _some(items: list[str]) -> str:
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Copy `state_dict` into `model`, in place, after checking that all of it fits.
+    """Copy `state_dict` into `model`, in place, after checking that all of it fits (:func:`fitted`).
+
+    Raises:
+        CheckpointError: as :func:`fitted`; the model is unchanged.
+    """
+    state_dict = fitted(model, state_dict, source)
+    try:
+        model.load_state_dict(dict(state_dict), strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{type(model).__name__} refused the weights from {source}: {error}") from error
+
+
+def fitted(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """`state_dict` with the keys of `model`, after checking that all of it fits; nothing is changed.
 
     A missing ``num_batches_tracked`` is allowed: old checkpoints lack it and inference does not use it. Floating
-    tensors of another width are converted, as ``load_state_dict`` does.
+    tensors of another width pass: ``load_state_dict`` converts them.
 
     Args:
         source: where the weights come from, for the error.
 
     Raises:
-        CheckpointError: keys are missing or unexpected, or a shape or kind of dtype differs; lists them. The model
-            is unchanged.
+        CheckpointError: keys are missing or unexpected, or a shape or kind of dtype differs; lists them.
     """
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     state_dict = _with_prefix_of(own, state_dict)
@@ -197,10 +209,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
             f"weights from {source} do not fit {type(model).__name__} ({len(own)} tensors): {'; '.join(problems)}; "
             "choose the model (and its arguments, such as num_classes) that these weights were saved from"
         )
-    try:
-        model.load_state_dict(dict(state_dict), strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{type(model).__name__} refused the weights from {source}: {error}") from error
+    return state_dict
 
 
 def _with_prefix_of(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adadfq.errors import InvalidInputError
 
@@ -79,3 +79,12 @@ def check_labels(labels: Any, logits: Tensor) -> None:
             f"labels must have shape [{logits.shape[0]}], one a row of the logits, got {list(labels.shape)}"
         )
     check_same_device("teacher_logits", logits, labels=labels)
+
+
+def learned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Floating parameters and running statistics of `model` by name; its other buffers may hold anything."""
+    found = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            found.update(module.named_buffers(prefix=path, recurse=False))
+    return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}

@@ -100,8 +100,8 @@ def quantize(model: nn.Module, weight_bits: int = 4, act_bits: int = 4) -> nn.Mo
 
     Raises:
         InvalidInputError: bits out of range, not a module, already quantised, nothing to quantise, uninitialised lazy
-            modules, NaN or infinite weights, or forward hooks (weight_norm, spectral_norm and prune are made of them),
-            which the copy would lose.
+            modules, NaN or infinite weights, or a forward pre-hook on a layer (weight_norm, spectral_norm and prune
+            are made of them), which the copy would lose.
     """
     checks.check_bits("weight_bits", weight_bits)
     checks.check_bits("act_bits", act_bits)
@@ -124,6 +124,10 @@ def quantize(model: nn.Module, weight_bits: int = 4, act_bits: int = 4) -> nn.Mo
         method = "torch.fx"
     if not any(isinstance(module, (QuantConv2d, QuantLinear, QuantWeight)) for module in student.modules()):
         raise InvalidInputError(f"{type(model).__name__} has no Conv2d or Linear layer to quantise")
+    # Not the whole student: its parts may be on several devices.
+    device = next(student.parameters()).device
+    for act in activations(student).values():
+        act.to(device)
     if not activations(student):
         warnings.warn(
             f"{type(model).__name__} has no ReLU or ReLU6: only its weights are quantised, activations stay in float",
@@ -214,13 +218,16 @@ def _check_model(model: Any) -> None:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InvalidInputError(f"{name} is not initialised: run one forward of the float model first")
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked and isinstance(module, tuple(_LAYERS)) and module._forward_pre_hooks:
             raise InvalidInputError(
-                f"{name or type(module).__name__} has forward hooks, which the quantised copy would lose: remove them "
-                "(for weight_norm, spectral_norm and prune: make them permanent)"
+                f"{name or type(module).__name__} has a forward pre-hook, which the quantised copy would lose: make "
+                "it permanent (weight_norm, spectral_norm and prune are such hooks) or remove it"
             )
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if bad := [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
+        if hooked and (isinstance(module, tuple(_LAYERS)) or not name):
+            warnings.warn(f"forward hooks of {name or type(module).__name__} are absent from the copy", stacklevel=3)
+    tensors = checks.learned_tensors(model)
+    if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise InvalidInputError(f"weights must be finite, got NaN or infinity in {', '.join(bad[:5])}{more}")
 
@@ -241,12 +248,15 @@ def _float_row(path: str, module: nn.Module) -> ReportRow | None:
     """The row of a module that is not converted; None for containers, pooling, norms and the like."""
     if isinstance(module, _NEUTRAL_MODULES):
         return None
+    layer = isinstance(module, tuple(_LAYERS))
     weighted = any(p.dim() > 1 for p in module.parameters(recurse=False))
     own_forward = type(module).__module__.startswith("torch.nn") and not list(module.children())
-    if not (weighted or own_forward):
+    if not (layer or weighted or own_forward):
         return None
     reason = _NOT_CONVERTED
-    if isinstance(module, tuple(_LAYERS)) and type(module) not in _LAYERS:
+    if type(module) in _LAYERS:
+        reason = "part of a module that is called as a whole"
+    elif layer:
         reason = f"a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'} may compute anything"
     return ReportRow(path, type(module).__name__, None, reason)
 
@@ -408,9 +418,7 @@ class _Rewriter:
 def _rewrite(
     root: nn.Module, graph: fx.Graph, weight_bits: int, act_bits: int
 ) -> tuple[fx.GraphModule, list[ReportRow]]:
-    device = next((p.device for p in root.parameters()), torch.device("cpu"))
-    student, rows = _Rewriter(root, graph, weight_bits, act_bits).run()
-    return student.to(device), rows
+    return _Rewriter(root, graph, weight_bits, act_bits).run()
 
 
 def _converted_layer(module: nn.Module, weight_bits: int) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adadfq import checks
 from adadfq.errors import AdadfqError, InvalidInputError
 from adadfq.game import BatchNormMatch
 from adadfq.nn import activations, frozen_ranges
@@ -15,17 +17,18 @@ from adadfq.recipe import Recipe
 
 
 def check_network(name: str, model: Any) -> None:
-    """Refuse what is not a module, has no parameters, or is not float32 and finite throughout."""
+    """Refuse what is not a module, not float32 and finite, or a player without anything to train."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if not list(model.parameters()):
         raise InvalidInputError(f"the {name} ({type(model).__name__}) has no parameters")
-    for key, value in tensors.items():
-        if value.is_floating_point() and value.dtype != torch.float32:
+    for key, value in checks.learned_tensors(model).items():
+        if value.dtype != torch.float32:
             raise InvalidInputError(f"the {name} must be float32, got {value.dtype} in {key}; convert it with .float()")
         if not bool(torch.isfinite(value).all()):
             raise InvalidInputError(f"the {name} must have finite weights, got NaN or infinity in {key}")
+    if name != "teacher" and not any(p.requires_grad for p in model.parameters()):
+        raise InvalidInputError(f"the {name} has no parameter that requires a gradient: nothing would train")
 
 
 def check_generator(generator: Any, recipe: Recipe) -> None:
@@ -51,11 +54,10 @@ def check_players(teacher: nn.Module, student: nn.Module, generator: nn.Module, 
     """
     matching = BatchNormMatch(teacher)
     device = next(teacher.parameters()).device
-    random = torch.Generator().manual_seed(0)
-    noise = torch.randn(recipe.batch_size, recipe.latent_dim, generator=random).to(device)
-    labels = torch.randint(recipe.num_classes, (recipe.batch_size,), generator=random).to(device)
-
-    images = _attempt("generator", "noise and labels", copy.deepcopy(generator), noise, labels)
+    with _untouched(generator, device):
+        noise = torch.randn(recipe.batch_size, recipe.latent_dim, device=device)
+        labels = torch.randint(recipe.num_classes, (recipe.batch_size,), device=device)
+        images = _attempt("generator", "noise and labels", generator, noise, labels)
     expected = [recipe.batch_size, recipe.image_channels, recipe.image_size, recipe.image_size]
     if not isinstance(images, Tensor) or list(images.shape) != expected:
         got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -82,10 +84,23 @@ def check_players(teacher: nn.Module, student: nn.Module, generator: nn.Module, 
     return set(found) - reached
 
 
+@contextmanager
+def _untouched(generator: nn.Module, device: torch.device) -> Iterator[None]:
+    """Leave the generator's buffers (its norms' statistics) and the random state as they are."""
+    kept = [(buffer, buffer.clone()) for buffer in generator.buffers()]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
 def _attempt(name: str, what: str, model: nn.Module, *inputs: Tensor) -> Any:
     try:
         return model(*inputs)
-    except AdadfqError:
+    except (AdadfqError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise InvalidInputError(f"the {name} does not take {what}: {error}") from error

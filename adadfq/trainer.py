@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
 import signal
 import threading
 import warnings
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from adadfq import files
-from adadfq.checkpoint import load_weights, read_state_dict, write_state_dict
+from adadfq.checkpoint import fitted, load_weights, read_state_dict, write_state_dict
 from adadfq.convert import module_bits, quantized_info
 from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
 from adadfq.game import METRICS, Game
@@ -74,17 +75,15 @@ class Trainer:
             raise InvalidInputError(
                 "student must be a quantised model: adadfq.quantize(teacher, weight_bits, act_bits)"
             )
-        if not any(p.requires_grad for p in student.parameters()):
-            raise InvalidInputError("the student has no parameter that requires a gradient: nothing would train")
         info = quantized_info(student)
-        if info is None and recipe.by_weight_bits:
+        if info is None and any(recipe.by_weight_bits.values()):
             raise InvalidInputError(
                 f"recipe {recipe.name} differs by width and the student was not made by adadfq.quantize(): "
                 "pass recipe.for_weight_bits(bits)"
             )
         self.recipe = recipe.for_weight_bits(info.weight_bits) if info else recipe
         if generator is None:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 # Not torch.manual_seed, which would reseed every GPU too.
                 torch.default_generator.manual_seed(seed)
                 generator = build_generator(self.recipe)
@@ -100,14 +99,16 @@ class Trainer:
         self.device = torch.device(device) if device is not None else next(teacher.parameters()).device
         self.progress, self.on_epoch_end = progress, on_epoch_end
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        before = [(m, m.training, next(m.parameters()).device) for m in (student, generator)]
-        self.student = student.to(self.device).eval()
-        self.generator = generator.to(self.device).train()
+        were = [(model, next(model.parameters()).device, _modes(model)) for model in (student, generator)]
         try:
+            self.student = student.to(self.device).eval()
+            self.generator = generator.to(self.device).train()
             self._unreached = check_players(self.teacher, self.student, self.generator, self.recipe)
         except BaseException:
-            for model, training, was_on in before:
-                model.to(was_on).train(training)
+            for model, was_on, modes in were:
+                model.to(was_on)
+                for module, training in modes.items():
+                    module.training = training
             raise
         self.random = torch.Generator(self.device).manual_seed(seed)
         self._make_optimizers()
@@ -117,6 +118,8 @@ class Trainer:
         self.epoch, self.step = 0, 0
         self._directory: Path | None = None
         self._used = False
+        # Metrics of the epoch in progress, for its mean.
+        self._rows: list[dict[str, float]] = []
 
     def _make_optimizers(self) -> None:
         recipe = self.recipe
@@ -175,8 +178,10 @@ class Trainer:
                 while self.epoch < recipe.epochs and not interrupted():
                     rows = self._play_epoch(buffer, progress, interrupted)
                     log.write(self.step - len(rows), self.epoch, rows)
-                    means = {name: sum(row[name] for row in rows) / len(rows) for name in METRICS} if rows else means
                     self._check_finite(rows)
+                    self._rows += rows
+                    if self._rows:
+                        means = {name: sum(r[name] for r in self._rows) / len(self._rows) for name in METRICS}
                     if self.step < (self.epoch + 1) * recipe.steps_per_epoch:
                         break
                     self._end_epoch(progress, means)
@@ -186,6 +191,8 @@ class Trainer:
 
         complete = self.epoch >= recipe.epochs
         if self.step == 0:
+            if directory is not None and not resume:
+                shutil.rmtree(directory)  # made above, and worth nothing yet
             raise KeyboardInterrupt
         if not complete and directory is not None:
             self._save_checkpoint(directory / CHECKPOINT)
@@ -222,6 +229,7 @@ class Trainer:
         phase = "train" if self.epoch >= recipe.warmup_epochs else "warm-up"
         progress.epoch(self.epoch, phase, means)
         self.epoch += 1
+        self._rows = []
         if self.epoch == recipe.calibration_epochs:
             self._freeze()
         if self.on_epoch_end is not None:
@@ -269,6 +277,7 @@ class Trainer:
             "settings": self._settings(),
             "epoch": self.epoch,
             "step": self.step,
+            "rows": self._rows,
             "student": self.student.state_dict(),
             "generator": self.generator.state_dict(),
             "optimizer_student": self.optimizer_student.state_dict(),
@@ -296,11 +305,14 @@ class Trainer:
         ours, theirs = self._settings(), state["settings"]
         differing = [k for k in ours["recipe"] if ours["recipe"][k] != theirs["recipe"].get(k)]
         differing += [k for k in ("seed", "bits") if ours[k] != theirs[k]]
-        saved_teacher = copy.deepcopy(self.teacher)
-        load_weights(saved_teacher, read_state_dict(directory / "teacher.safetensors"), "the run's teacher")
-        ours_now, theirs_then = self.teacher.state_dict(), saved_teacher.state_dict()
-        if not all(torch.equal(ours_now[key], theirs_then[key]) for key in ours_now):
+        file = directory / "teacher.safetensors"
+        theirs_then, ours_now = fitted(self.teacher, read_state_dict(file), file), self.teacher.state_dict()
+        if not all(torch.equal(ours_now[key].cpu(), theirs_then[key]) for key in theirs_then):
             differing.append("teacher")
+        for name in ("optimizer_student", "optimizer_generator"):
+            counts = [len(group["params"]) for group in state[name]["param_groups"]]
+            if counts != [len(group["params"]) for group in getattr(self, name).param_groups]:
+                differing.append(f"trained parameters of {name}")
         if differing:
             raise CheckpointError(
                 f"{path} belongs to a run with other settings ({', '.join(differing)}): resume with the same ones"
@@ -310,14 +322,19 @@ class Trainer:
                 f"{path} has {state['epoch']} epochs behind it and the recipe asks for {self.recipe.epochs}: "
                 "give more epochs to go on"
             )
-        source = f"{path} (generator)"
-        load_weights(copy.deepcopy(self.generator), state["generator"], source)
-        load_weights(self.student, state["student"], f"{path} (student)")
-        load_weights(self.generator, state["generator"], source)
+        players = {"student": self.student, "generator": self.generator}
+        for name, model in players.items():
+            fitted(model, state[name], f"{path} ({name})")
+        for name, model in players.items():
+            load_weights(model, state[name], f"{path} ({name})")
         self.optimizer_student.load_state_dict(state["optimizer_student"])
         self.optimizer_generator.load_state_dict(state["optimizer_generator"])
         self.random.set_state(state["random"])
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self._rows = state["epoch"], state["step"], state["rows"]
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
 
 
 @contextmanager

@@ -171,10 +171,25 @@ def test_inner_modules_of_an_unconverted_one_are_reported() -> None:
     assert {r.where for r in report.left_in_float} == {"mix", "mix.out_proj"}
 
 
-def test_hooks_are_refused() -> None:
+def test_hooks_that_the_copy_would_lose() -> None:
     net = _net()
-    net.linear.register_forward_hook(lambda m, x, y: y * 2)
-    with pytest.raises(adadfq.InvalidInputError, match="linear has forward hooks"):
+    watching = net.linear.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="forward hooks of linear are absent from the copy"):
+        adadfq.quantize(net)
+    watching.remove()
+    net.bn1.register_forward_hook(lambda *_: None)
+    adadfq.quantize(net)
+    torch.nn.utils.spectral_norm(net.linear)
+    with pytest.raises(adadfq.InvalidInputError, match="linear has a forward pre-hook"):
+        adadfq.quantize(net)
+
+
+def test_a_buffer_may_hold_infinity() -> None:
+    net = _net()
+    net.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    adadfq.quantize(net)
+    net.bn1.running_var[0] = float("inf")
+    with pytest.raises(adadfq.InvalidInputError, match=r"NaN or infinity in bn1\.running_var"):
         adadfq.quantize(net)
 
 

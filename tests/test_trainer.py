@@ -245,6 +245,50 @@ def test_another_architecture_with_the_same_weights_is_refused(tmp_path: Path) -
             read(tmp_path / "run", model=other)
 
 
+def test_a_student_of_another_shape_than_the_teacher_loads(tmp_path: Path) -> None:
+    class Wide(ToyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.extra(x))
+
+    student = adadfq.quantize(toy_teacher())
+    result = adadfq.Trainer(Wide(), student, toy_recipe(), progress=False).fit(tmp_path / "run")
+    assert _same(adadfq.load(tmp_path / "run", model=ToyNet()), result.student)
+    load_teacher(tmp_path / "run", model=Wide())
+
+
+def test_a_random_teacher_has_no_probe(tmp_path: Path) -> None:
+    class Random(ToyNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.dropout(x))  # also in eval mode
+
+    teacher = Random().eval()
+    adadfq.Trainer(teacher, adadfq.quantize(teacher), toy_recipe(), progress=False).fit(tmp_path / "run")
+    assert read_result(tmp_path / "run")["probes"] == {"student": None, "teacher": None}
+    adadfq.load(tmp_path / "run", model=Random())
+
+
+def test_a_generator_with_normed_weights_trains() -> None:
+    teacher = toy_teacher()
+    generator = adadfq.generator.LabelEmbeddingGenerator(10, 8, 3, latent_dim=16)
+    torch.nn.utils.spectral_norm(generator.conv2)
+    generator(torch.randn(8, 16), torch.arange(8))
+    trainer = adadfq.Trainer(teacher, adadfq.quantize(teacher), toy_recipe(), generator, progress=False)
+    assert trainer.fit().status == "complete"
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    trainer = _trainer()
+    play = trainer._play_epoch
+    trainer._play_epoch = lambda *args: (signal.raise_signal(signal.SIGINT), play(*args))[1]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_network_whose_own_keys_have_a_prefix(tmp_path: Path) -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -290,7 +334,7 @@ def _interrupt_at(step: int, trainer: adadfq.Trainer) -> None:
     trainer.game.step = stepped
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize("step", [1, 3, 6, 9])
 def test_an_interrupted_run_is_usable_and_goes_on_to_the_same_result(tmp_path: Path, step: int) -> None:
     unbroken = _trainer().fit()
     trainer = _trainer()
@@ -304,6 +348,7 @@ def test_an_interrupted_run_is_usable_and_goes_on_to_the_same_result(tmp_path: P
     assert bool(usable(torch.randn(2, 3, 8, 8)).isfinite().all())
     resumed = _trainer().fit(tmp_path / "run", resume=True)
     assert resumed.status == "complete" and _same(resumed.student, unbroken.student)
+    assert resumed.metrics == pytest.approx(unbroken.metrics, rel=1e-6)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(12))
@@ -379,9 +424,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(adadfq.InvalidInputError, match="the student has 7 classes"):
         make(student=adadfq.quantize(toy_teacher(7)))
     student = adadfq.quantize(teacher).train()
+    student.bn1.eval()
     with pytest.raises(adadfq.InvalidInputError, match="10 classes"):
         make(student=student, num_classes=100)
-    assert student.training
+    assert student.training and not student.bn1.training
     with pytest.raises(adadfq.InvalidInputError, match=r"the teacher must be float32, got torch\.bfloat16"):
         make(toy_teacher().bfloat16(), student=student)
     broken = toy_teacher()
