@@ -183,6 +183,23 @@ def test_a_run_is_written_and_loads(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(6)) and set(lines[0]) == {"step", "epoch", *METRICS}
 
 
+def test_metrics_go_to_tensorboard_where_it_is_installed(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = _trainer().fit(tmp_path / "run")
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(METRICS)
+    last_epoch = [event.value for event in events.Scalars("loss_student") if event.step >= 8]
+    assert len(last_epoch) == 4 and sum(last_epoch) / 4 == pytest.approx(result.metrics["loss_student"], rel=1e-5)
+
+
+def test_without_tensorboard_there_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adadfq.metrics.importlib.util, "find_spec", lambda name: None)
+    _trainer().fit(tmp_path / "run")
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 12
+
+
 def test_a_model_of_unknown_make_loads_with_an_instance(tmp_path: Path) -> None:
     result = _trainer().fit(tmp_path / "run")
     with pytest.raises(adadfq.CheckpointError, match="does not record how its .* is built: pass model="):
