@@ -241,6 +241,8 @@ def _module_row(path: str, module: nn.Module) -> ReportRow | None:
         return ReportRow(path, kind, module.weight_bits, quantizer=path)
     if isinstance(module, _RELU_MODULES):
         return ReportRow(path, kind, None, "quantised only where a QuantAct follows it")
+    if type(module) in _LAYERS:
+        return ReportRow(path, kind, None, f"a float layer; Quant{kind} takes its place")
     return _float_row(path, module)
 
 

@@ -11,6 +11,9 @@ their place in the trainer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
@@ -52,7 +55,11 @@ class _Norm(nn.BatchNorm2d):
 
 
 class _Generator(nn.Module):
-    def __init__(self, num_classes: int, image_size: int = 32, channels: int = 3, latent_dim: int = 100) -> None:
+    """What both share; `norm` makes an inner norm from (num_features, eps), called with (input, labels)."""
+
+    def __init__(
+        self, num_classes: int, image_size: int, channels: int, latent_dim: int, norm: Callable[[int, float], nn.Module]
+    ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("channels", channels), ("latent_dim", latent_dim)):
             checks.check_number(name, value, 1)
@@ -61,16 +68,13 @@ class _Generator(nn.Module):
         self.num_classes, self.latent_dim = num_classes, latent_dim
         self.start_size = image_size // 4
         self.project = nn.Linear(latent_dim, 128 * self.start_size**2)
-        self.norm1 = self._norm(128, FIRST_EPS)
+        self.norm1 = norm(128, FIRST_EPS)
         self.conv2 = nn.Conv2d(128, 128, 3, padding=1)
-        self.norm2 = self._norm(128, INNER_EPS)
+        self.norm2 = norm(128, INNER_EPS)
         self.conv3 = nn.Conv2d(128, 64, 3, padding=1)
-        self.norm3 = self._norm(64, INNER_EPS)
+        self.norm3 = norm(64, INNER_EPS)
         self.to_image = nn.Conv2d(64, channels, 3, padding=1)
         self.image_norm = nn.BatchNorm2d(channels, affine=False)
-
-    def _norm(self, num_features: int, eps: float) -> nn.Module:
-        raise NotImplementedError  # each generator says how its norms see the label
 
     def _images(self, latent: Tensor, labels: Tensor) -> Tensor:
         x = self.project(latent).reshape(-1, 128, self.start_size, self.start_size)
@@ -93,11 +97,8 @@ class LabelEmbeddingGenerator(_Generator):
     """
 
     def __init__(self, num_classes: int, image_size: int = 32, channels: int = 3, latent_dim: int = 100) -> None:
-        super().__init__(num_classes, image_size, channels, latent_dim)
+        super().__init__(num_classes, image_size, channels, latent_dim, _Norm)
         self.label_embedding = nn.Embedding(num_classes, latent_dim)
-
-    def _norm(self, num_features: int, eps: float) -> nn.Module:
-        return _Norm(num_features, eps)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         return self._images(noise * self.label_embedding(labels), labels)
@@ -107,8 +108,9 @@ class ConditionalGenerator(_Generator):
     """For ImageNet: the label enters through class-conditional BatchNorm. Arguments and shapes as
     :class:`LabelEmbeddingGenerator`."""
 
-    def _norm(self, num_features: int, eps: float) -> nn.Module:
-        return ConditionalBatchNorm2d(self.num_classes, num_features, eps)
+    def __init__(self, num_classes: int, image_size: int = 32, channels: int = 3, latent_dim: int = 100) -> None:
+        norm = partial(ConditionalBatchNorm2d, num_classes)
+        super().__init__(num_classes, image_size, channels, latent_dim, norm)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         return self._images(noise, labels)

@@ -203,7 +203,7 @@ def _zip_bytes(path: Path) -> Iterator[Callable[[str], bytes]]:
                 return archive.read(member)
             except (
                 zipfile.BadZipFile,
-                NotImplementedError,
+                NotImplementedError,  # zipfile's word for a compression it does not know
                 EOFError,
                 OSError,
                 ValueError,
