@@ -48,11 +48,39 @@ def check_axis(axis: Any, x: Tensor) -> int:
     return axis % x.dim()
 
 
-def check_same_device(first: str, x: Tensor, **others: Tensor) -> None:
-    """Raise unless every tensor of `others` is on the device of `x`."""
-    for name, tensor in others.items():
-        if tensor.device != x.device:
-            raise InvalidInputError(f"{name} must be on {x.device} like {first}, got {tensor.device}")
+def check_channelwise(name: str, values: Any, x: Tensor) -> None:
+    """Raise unless `values` is a floating [C] on the device of `x`, which is [N, C, ...]."""
+    check_floating(name, values)
+    if values.dim() != 1 or values.shape[0] != x.shape[1]:
+        raise InvalidInputError(
+            f"{name} must have shape [{x.shape[1]}], one element a channel, got {list(values.shape)}"
+        )
+    if values.device != x.device:
+        raise InvalidInputError(f"{name} must be on {x.device} like x, got {values.device}")
+
+
+def check_quantizer(
+    scale: Any, zero_point: Any, axis: int | None, x: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a quantiser of `x` as detached `dtype` and int32 vectors, one element a channel."""
+    check_floating("scale", scale)
+    if not isinstance(zero_point, Tensor) or zero_point.is_floating_point() or zero_point.dtype == torch.bool:
+        got = zero_point.dtype if isinstance(zero_point, Tensor) else type(zero_point).__name__
+        raise InvalidInputError(f"zero_point must be an integer tensor, got {got}")
+    expected = 1 if axis is None else x.shape[axis]
+    for name, values in (("scale", scale), ("zero_point", zero_point)):
+        if values.numel() != expected or (axis is not None and values.dim() != 1):
+            raise InvalidInputError(
+                f"{name} must have {expected} element{'s' * (expected != 1)} for axis {axis} of a tensor of shape "
+                f"{list(x.shape)}, got shape {list(values.shape)}"
+            )
+        if values.device != x.device:
+            raise InvalidInputError(f"{name} must be on {x.device} like x, got {values.device}")
+    if scale.dtype != dtype or scale.requires_grad:
+        scale = scale.detach().to(dtype)
+    if zero_point.dtype != torch.int32:
+        zero_point = zero_point.to(torch.int32)
+    return (scale, zero_point) if axis is not None else (scale.reshape(-1), zero_point.reshape(-1))
 
 
 def check_logits(teacher_logits: Any, student_logits: Any) -> None:
@@ -66,7 +94,8 @@ def check_logits(teacher_logits: Any, student_logits: Any) -> None:
         )
     if teacher.shape[0] == 0 or teacher.shape[1] == 0:
         raise InvalidInputError(f"logits must hold at least one sample and one class, got {list(teacher.shape)}")
-    check_same_device("teacher_logits", teacher, student_logits=student)
+    if student.device != teacher.device:
+        raise InvalidInputError(f"student_logits must be on {teacher.device} like teacher_logits, got {student.device}")
 
 
 def check_labels(labels: Any, logits: Tensor) -> None:
@@ -78,7 +107,8 @@ def check_labels(labels: Any, logits: Tensor) -> None:
         raise InvalidInputError(
             f"labels must have shape [{logits.shape[0]}], one a row of the logits, got {list(labels.shape)}"
         )
-    check_same_device("teacher_logits", logits, labels=labels)
+    if labels.device != logits.device:
+        raise InvalidInputError(f"labels must be on {logits.device} like teacher_logits, got {labels.device}")
 
 
 def learned_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adadfq import checks, functional
 from adadfq.errors import InvalidInputError
+from adadfq.ops import reference
 
 __all__ = ["QuantAct", "QuantConv2d", "QuantLinear", "QuantWeight", "activations", "frozen_ranges", "set_calibrating"]
 
@@ -211,19 +212,19 @@ class QuantAct(nn.Module):
         self.check_range()
         return self.set_calibrating(False)
 
+    def _check_not_empty(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            raise InvalidInputError(f"QuantAct cannot calibrate on an empty batch, got shape {list(x.shape)}")
+
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Move the range by the min/max of `x`, a non-empty floating tensor."""
-        if x.numel() == 0:
-            raise InvalidInputError(f"QuantAct cannot calibrate on an empty batch, got shape {list(x.shape)}")
+        self._check_not_empty(x)
         lo, hi = torch.aminmax(x.detach())
-        self.num_batches.add_(1)
-        # (1 - m) / (1 - m^n): the debiased weight of batch n, exactly 1 for the first.
-        log_momentum = torch.full_like(self.running_min, math.log(self.momentum) if self.momentum else -math.inf)
-        rate = torch.expm1(log_momentum) / torch.expm1(log_momentum * self.num_batches)
-        self.running_min.lerp_(lo.to(self.running_min.dtype), rate)
-        self.running_max.lerp_(hi.to(self.running_max.dtype), rate)
-        self._update_qparams()
+        reference.update_range(lo, hi, *self._state(), self.act_bits, self.momentum)
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.running_min, self.running_max, self.num_batches, self.scale, self.zero_point
 
     def set_bits(self, act_bits: int) -> None:
         """Change the width; the range stays."""
@@ -237,7 +238,8 @@ class QuantAct(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._calibrating:
-            self.observe(input)
+            self._check_not_empty(input)
+            return functional.observe_fake_quantize(input, *self._state(), self.act_bits, self.momentum)
         return functional.fake_quantize(input, self.scale, self.zero_point, self.act_bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantAct:

@@ -96,7 +96,17 @@ def select(op: str, device_type: str, dtype: torch.dtype) -> str:
     return next(name for name in order if why_not(name, op, device_type, dtype) is None)
 
 
+#: Operators that write to arguments, and the positions of those.
+MUTATES: dict[str, tuple[int, ...]] = {"fake_quantize_": (0,), "observe_fake_quantize": (1, 2, 3, 4, 5)}
+
+
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on the backend chosen for its main tensor: the implementation registered for every operator."""
     main: torch.Tensor = args[1] if op.endswith("_backward") else args[0]
-    return BACKENDS[select(op, main.device.type, main.dtype)].KERNELS[op](*args, **kwargs)
+    if isinstance(main, list):
+        main = main[0]
+    result = BACKENDS[select(op, main.device.type, main.dtype)].KERNELS[op](*args, **kwargs)
+    if op in MUTATES:
+        # Native code writes behind autograd's back: a backward that saved an argument must see that it changed.
+        torch.autograd.graph.increment_version([args[i] for i in MUTATES[op]])
+    return result

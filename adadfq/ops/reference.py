@@ -62,6 +62,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     return out.copy_((code - zero_point) * scale)
 
 
+def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> None:
+    """:func:`fake_quantize`, written over `x`."""
+    x.copy_(fake_quantize(x, scale, zero_point, bits, axis))
+
+
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
 ) -> Tensor:
@@ -85,6 +90,117 @@ def dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tens
     return fake_quantize(x, scale, zero_point, bits, axis), scale, zero_point
 
 
+def foreach_dynamic_fake_quantize(
+    tensors: list[Tensor], bits: list[int], axis: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """:func:`dynamic_fake_quantize` of every tensor; returns (x_hats, scales, zero_points)."""
+    results = [dynamic_fake_quantize(x, width, axis) for x, width in zip(tensors, bits, strict=True)]
+    x_hats, scales, zero_points = zip(*results, strict=True)
+    return list(x_hats), list(scales), list(zero_points)
+
+
+def update_range(
+    lo: Tensor,
+    hi: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    momentum: float,
+) -> None:
+    """Move a range by one batch's ends, in place: a debiased moving average, then the quantiser over it.
+
+    After n batches batch i weighs momentum^(n - i), divided by the sum of those weights, so batch n moves the average
+    by rate = (1 - m) / (1 - m^n) of the way: all of it for the first. In float64, for the rate is a small difference.
+    """
+    num_batches.add_(1)
+    n = num_batches.double()
+    if momentum == 0:
+        rate = torch.ones_like(n)
+    else:
+        log_momentum = math.log(momentum)
+        rate = math.expm1(log_momentum) / torch.expm1(log_momentum * n)
+    for running, end in ((running_min, lo), (running_max, hi)):
+        past = running.double()
+        running.copy_(past + rate * (end.double() - past))
+    new_scale, new_zero_point = qparams(running_min, running_max, bits)
+    scale.copy_(new_scale)
+    zero_point.copy_(new_zero_point)
+
+
+def observe_fake_quantize(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    momentum: float,
+) -> Tensor:
+    """Move the range by the min/max of `x`, then quantise `x` per tensor with it."""
+    lo, hi = torch.aminmax(x)
+    update_range(lo, hi, running_min, running_max, num_batches, scale, zero_point, bits, momentum)
+    return fake_quantize(x, scale, zero_point, bits)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+    u = _compute(x) * _per_axis(scale, x.dim(), 1) + _per_axis(shift, x.dim(), 1)
+    return u if residual is None else u + _compute(residual)
+
+
+def affine_act_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """fake_quantize(act(x * scale_c + shift_c + residual)), without quantisation where `act_scale` is None."""
+    u = _affine(x, scale, shift, residual)
+    # Comparisons rather than clamp: NaN and -0 come out alike on every device.
+    if act != "none":
+        u = torch.where(u < 0, 0, u)
+    if act == "relu6":
+        u = torch.where(u > 6, 6, u)
+    if act_scale is not None and act_zero_point is not None:
+        u = fake_quantize(u, act_scale, act_zero_point, bits)
+    return torch.empty_like(x).copy_(u)
+
+
+def affine_act_fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    need_residual: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_x, grad_residual, grad_scale [C], grad_shift [C]); those not needed are empty.
+
+    du = grad where the activation is not flat at u = x * scale + shift + residual (quantisation passes it unchanged);
+    grad_x = du scale, grad_residual = du, grad_scale = sum du x, grad_shift = sum du.
+    """
+    du = grad if grad.dtype == torch.float64 else grad.float()
+    if act != "none":
+        u = _affine(x, scale, shift, residual)
+        flat = u <= 0 if act == "relu" else (u <= 0) | (u >= 6)
+        du = torch.where(flat, 0, du)
+    grad_x = torch.empty_like(x).copy_(du * _per_axis(scale, x.dim(), 1))
+    grad_residual = torch.empty_like(x).copy_(du) if need_residual else x.new_empty(0)
+    if not need_params:
+        return grad_x, grad_residual, scale.new_empty(0), scale.new_empty(0)
+    dims = _reduced_dims(x)
+    return grad_x, grad_residual, (du * _compute(x)).sum(dims), du.sum(dims)
+
+
 def _reduced_dims(x: Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
 
@@ -105,6 +221,43 @@ def bn_match_backward(
     slope = _per_axis(factor * 2 * (var - running_var), x.dim(), 1)
     out = torch.empty_like(x)
     return out.copy_(shift + slope * (_compute(x) - _per_axis(mean, x.dim(), 1)))
+
+
+def _batch_norm_slope(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    slope = 1 / torch.sqrt(running_var + eps)
+    return slope if weight is None else weight * slope
+
+
+def bn_match_forward(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, loss, mean [C], var [C]): inference BatchNorm of `x`, and :func:`bn_match` of `x`.
+
+    y = (x - running_mean) * (weight / sqrt(running_var + eps)) + bias: subtracting first keeps the digits of a channel
+    whose mean dwarfs its deviation.
+    """
+    slope = _per_axis(_batch_norm_slope(running_var, weight, eps), x.dim(), 1)
+    y = (_compute(x) - _per_axis(running_mean, x.dim(), 1)) * slope
+    if bias is not None:
+        y = y + _per_axis(bias, x.dim(), 1)
+    return torch.empty_like(x).copy_(y), *bn_match(x, running_mean, running_var)
+
+
+def bn_match_forward_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    grad_loss: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """dL/dx = grad_y weight / sqrt(running_var + eps) + the gradient of :func:`bn_match_backward`."""
+    slope = _per_axis(_batch_norm_slope(running_var, weight, eps), x.dim(), 1)
+    matched = bn_match_backward(grad_loss, _compute(x), mean, var, running_mean, running_var)
+    return torch.empty_like(x).copy_(_compute(grad_y) * slope + matched)
 
 
 def _entropy_deficit(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,9 +356,16 @@ def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, tempera
 KERNELS = {
     "fake_quantize": fake_quantize,
     "fake_quantize_backward": fake_quantize_backward,
+    "fake_quantize_": fake_quantize_,
     "dynamic_fake_quantize": dynamic_fake_quantize,
+    "foreach_dynamic_fake_quantize": foreach_dynamic_fake_quantize,
+    "observe_fake_quantize": observe_fake_quantize,
+    "affine_act_fake_quantize": affine_act_fake_quantize,
+    "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,
+    "bn_match_forward": bn_match_forward,
+    "bn_match_forward_backward": bn_match_forward_backward,
     "margin_loss": margin_loss,
     "entropy_distillation": entropy_distillation,
 }

@@ -7,7 +7,10 @@ the backend. Gradients are attached in :mod:`adadfq.functional`; a backward that
 What every backend may rely on, because adadfq.functional sees to it: `bits` is in 2..8 and `axis` in 0..ndim-1; all
 tensors are on one device; `scale` has the compute dtype and `zero_point` is int32, both one-dimensional (one element
 when axis is None); the gradient, or the student's logits, have the dtype and shape of the main tensor; logits are
-[B, K] with B, K >= 1 and labels int64 [B]; running statistics have the compute dtype and shape [C]. Layout is free.
+[B, K] with B, K >= 1 and labels int64 [B]; running statistics and the parameters of an affine map have the compute
+dtype and shape [C], with channels in dimension 1; `residual` has the dtype and shape of `x`; the tensors of a list have
+one dtype; the state of an activation range has one element each (float32, num_batches int64, zero_point int32). Layout
+is free.
 
 Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales, statistics and losses
 have it. Outputs shaped like an input have its dtype and, where it is dense, its strides.
@@ -46,6 +49,58 @@ def _dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Ten
     return torch.empty_like(x), scale, x.new_empty((channels,), dtype=torch.int32)
 
 
+def _fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> None:
+    return None
+
+
+def _foreach_dynamic_fake_quantize(
+    tensors: list[Tensor], bits: list[int], axis: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    results = [_dynamic_fake_quantize(x, width, axis) for x, width in zip(tensors, bits, strict=True)]
+    return [r[0] for r in results], [r[1] for r in results], [r[2] for r in results]
+
+
+def _observe_fake_quantize(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    momentum: float,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _affine_act_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bits: int,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _affine_act_fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    need_residual: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
+    length = x.shape[1] if need_params else 0
+    return torch.empty_like(x), grad_residual, scale.new_empty(length), scale.new_empty(length)
+
+
 def _bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     channels = x.shape[1]
@@ -54,6 +109,26 @@ def _bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Ten
 
 def _bn_match_backward(
     grad_loss: Tensor, x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _bn_match_forward(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_bn_match(x, running_mean, running_var)
+
+
+def _bn_match_forward_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    grad_loss: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
 ) -> Tensor:
     return torch.empty_like(x)
 
@@ -102,6 +177,29 @@ OPERATORS = {
         "(Tensor x, int bits, int axis) -> (Tensor x_hat, Tensor scale, Tensor zero_point)",
         _dynamic_fake_quantize,
     ),
+    "fake_quantize_": (
+        "(Tensor(a!) x, Tensor scale, Tensor zero_point, int bits, int? axis=None) -> ()",
+        _fake_quantize_,
+    ),
+    "foreach_dynamic_fake_quantize": (
+        "(Tensor[] tensors, int[] bits, int axis) -> (Tensor[] x_hats, Tensor[] scales, Tensor[] zero_points)",
+        _foreach_dynamic_fake_quantize,
+    ),
+    "observe_fake_quantize": (
+        "(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) num_batches, Tensor(d!) scale, "
+        "Tensor(e!) zero_point, int bits, float momentum) -> Tensor",
+        _observe_fake_quantize,
+    ),
+    "affine_act_fake_quantize": (
+        "(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, Tensor? act_scale, "
+        "Tensor? act_zero_point, int bits) -> Tensor",
+        _affine_act_fake_quantize,
+    ),
+    "affine_act_fake_quantize_backward": (
+        "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, bool need_residual, "
+        "bool need_params) -> (Tensor grad_x, Tensor grad_residual, Tensor grad_scale, Tensor grad_shift)",
+        _affine_act_fake_quantize_backward,
+    ),
     "bn_match": (
         "(Tensor x, Tensor running_mean, Tensor running_var) -> (Tensor loss, Tensor mean, Tensor var)",
         _bn_match,
@@ -109,6 +207,16 @@ OPERATORS = {
     "bn_match_backward": (
         "(Tensor grad_loss, Tensor x, Tensor mean, Tensor var, Tensor running_mean, Tensor running_var) -> Tensor",
         _bn_match_backward,
+    ),
+    "bn_match_forward": (
+        "(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps) -> "
+        "(Tensor y, Tensor loss, Tensor mean, Tensor var)",
+        _bn_match_forward,
+    ),
+    "bn_match_forward_backward": (
+        "(Tensor grad_y, Tensor x, Tensor grad_loss, Tensor mean, Tensor var, Tensor running_mean, "
+        "Tensor running_var, Tensor? weight, float eps) -> Tensor",
+        _bn_match_forward_backward,
     ),
     "margin_loss": (
         "(Tensor teacher_logits, Tensor student_logits, Tensor labels, float lambda_l, float lambda_u, "

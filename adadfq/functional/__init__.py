@@ -1,0 +1,31 @@
+"""Differentiable functions: quantisation, BatchNorm matching and the two players' losses on logits.
+
+Each checks its arguments, runs one operator of ``torch.ops.adadfq`` and attaches the gradient. All take float32,
+bfloat16, float16 and float64 tensors of any layout; arithmetic is in float32 (float64 for float64). None of them waits
+for the device, and all can be compiled with ``fullgraph=True``. Gradients are first order only.
+"""
+
+from adadfq.functional.affine import affine_act_fake_quantize
+from adadfq.functional.batch_norm import bn_match, bn_match_forward
+from adadfq.functional.logit_losses import MarginLoss, entropy_distillation, margin_loss
+from adadfq.functional.quantizers import (
+    dynamic_fake_quantize,
+    fake_quantize,
+    foreach_dynamic_fake_quantize,
+    observe_fake_quantize,
+    qparams,
+)
+
+__all__ = [
+    "MarginLoss",
+    "affine_act_fake_quantize",
+    "bn_match",
+    "bn_match_forward",
+    "dynamic_fake_quantize",
+    "entropy_distillation",
+    "fake_quantize",
+    "foreach_dynamic_fake_quantize",
+    "margin_loss",
+    "observe_fake_quantize",
+    "qparams",
+]

@@ -1,0 +1,116 @@
+"""The tail of a quantised layer in one pass: per-channel affine map, residual, activation, fake quantisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadfq import checks
+from adadfq.errors import InvalidInputError
+from adadfq.ops.run import run
+from adadfq.ops.schema import compute_dtype
+
+__all__ = ["ACTS", "affine_act_fake_quantize"]
+
+#: Activations :func:`affine_act_fake_quantize` knows.
+ACTS = ("none", "relu", "relu6")
+
+
+class _AffineActFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        act: str,
+        act_scale: Tensor | None,
+        act_zero_point: Tensor | None,
+        bits: int,
+    ) -> Tensor:
+        ctx.act = act
+        ctx.save_for_backward(x, scale, shift, residual)
+        return run("affine_act_fake_quantize", x, scale, shift, residual, act, act_scale, act_zero_point, bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, scale_needed, shift_needed, residual_needed, *_ = ctx.needs_input_grad
+        # Without an activation the gradient of the residual is the gradient itself.
+        write_residual = residual_needed and ctx.act != "none"
+        grad_x, grad_residual, grad_scale, grad_shift = run(
+            "affine_act_fake_quantize_backward",
+            grad,
+            *ctx.saved_tensors,
+            ctx.act,
+            write_residual,
+            scale_needed or shift_needed,
+        )
+        return (
+            grad_x,
+            grad_scale if scale_needed else None,
+            grad_shift if shift_needed else None,
+            (grad_residual if write_residual else grad) if residual_needed else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def affine_act_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    act: str = "none",
+    qparams: tuple[Tensor, Tensor, int] | None = None,
+) -> Tensor:
+    """fake_quantize(act(x * scale_c + shift_c + residual)) in one read and one write.
+
+    With scale = weight / sqrt(running_var + eps) and shift = bias - running_mean * scale this is the tail of a layer in
+    inference: BatchNorm, the residual addition, the activation and its quantiser. Arithmetic is in float32 (float64 for
+    float64) from end to end; nothing between is rounded to a 16-bit dtype.
+
+    The gradient reaches x, scale, shift and residual, where the activation is not flat; it passes the quantiser
+    unchanged (straight-through estimator).
+
+    Args:
+        x: [N, C, ...], floating.
+        scale: [C], multiplier of every channel.
+        shift: [C], added to every channel.
+        residual: added before the activation; shape and dtype of `x`.
+        act: "none", "relu" or "relu6".
+        qparams: (scale, zero_point, bits) of the per-tensor quantiser of the result, one element each and a width in
+            2..8, or None to leave it in float.
+
+    Returns:
+        Tensor with the shape and dtype of `x`.
+
+    Raises:
+        InvalidInputError: a shape, a dtype, a device, `act` or the width does not fit.
+    """
+    checks.check_floating("x", x)
+    if x.dim() < 2:
+        raise InvalidInputError(f"x must have at least the dimensions [N, C], got shape {list(x.shape)}")
+    checks.check_channelwise("scale", scale, x)
+    checks.check_channelwise("shift", shift, x)
+    if act not in ACTS:
+        raise InvalidInputError(f"act must be one of {', '.join(ACTS)}, got {act!r}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise InvalidInputError(
+            f"residual must be {x.dtype} {list(x.shape)} on {x.device} like x, got {residual.dtype} "
+            f"{list(residual.shape)} on {residual.device}"
+        )
+    dtype = compute_dtype(x.dtype)
+    act_scale = act_zero_point = None
+    bits = checks.MAX_BITS
+    if qparams is not None:
+        act_scale, act_zero_point, bits = qparams
+        checks.check_bits("bits", bits)
+        act_scale, act_zero_point = checks.check_quantizer(act_scale, act_zero_point, None, x, dtype)
+    return _AffineActFakeQuantize.apply(
+        x, scale.to(dtype), shift.to(dtype), residual, act, act_scale, act_zero_point, bits
+    )

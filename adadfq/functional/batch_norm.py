@@ -1,0 +1,131 @@
+"""Matching a layer's batch statistics with its BatchNorm's running statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadfq import checks
+from adadfq.errors import InvalidInputError
+from adadfq.ops.run import run
+from adadfq.ops.schema import compute_dtype
+
+__all__ = ["bn_match", "bn_match_forward"]
+
+
+class _BnMatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+        loss, mean, var = run("bn_match", x, running_mean, running_var)
+        ctx.save_for_backward(x, mean, var, running_mean, running_var)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return run("bn_match_backward", grad, *ctx.saved_tensors), None, None
+
+
+class _BnMatchForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        y, loss, mean, var = run("bn_match_forward", x, running_mean, running_var, weight, bias, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, mean, var, running_mean, running_var, weight)
+        ctx.set_materialize_grads(False)
+        return y, loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mean, var, running_mean, running_var, weight = ctx.saved_tensors
+        if grad_y is None and grad_loss is None:
+            return (None,) * 6
+        if grad_y is None:
+            grad_x = run("bn_match_backward", grad_loss, x, mean, var, running_mean, running_var)
+            return grad_x, None, None, None, None, None
+        if grad_loss is None:
+            grad_loss = mean.new_zeros(())
+        grad_x = run(
+            "bn_match_forward_backward", grad_y, x, grad_loss, mean, var, running_mean, running_var, weight, ctx.eps
+        )
+        return grad_x, None, None, None, None, None
+
+
+def _check_layer(x: Tensor, **channelwise: Tensor | None) -> None:
+    checks.check_floating("x", x)
+    if x.dim() < 2 or x.numel() == 0:
+        raise InvalidInputError(f"x must be a non-empty [N, C, ...] tensor, got shape {list(x.shape)}")
+    for name, values in channelwise.items():
+        if values is not None:
+            checks.check_channelwise(name, values, x)
+
+
+def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """How far the batch statistics of a BatchNorm layer's input are from the layer's running statistics.
+
+    MSE(mean, running_mean) + MSE(var, running_var) over channels, with the per-channel mean and *biased* variance of
+    `x` over every dimension but 1 (paper, L_BNS; the average over layers is the caller's).
+
+    Args:
+        x: the layer's input, [N, C, ...], floating.
+        running_mean: [C].
+        running_var: [C].
+
+    Returns:
+        Scalar, float32 (float64 for float64), with a gradient to `x` only.
+
+    Raises:
+        InvalidInputError: fewer than two dimensions, an empty batch, no channels, or statistics not of shape [C].
+    """
+    _check_layer(x, running_mean=running_mean, running_var=running_var)
+    dtype = compute_dtype(x.dtype)
+    return _BnMatch.apply(x, running_mean.detach().to(dtype), running_var.detach().to(dtype))
+
+
+def bn_match_forward(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Inference BatchNorm of `x` and its :func:`bn_match` loss, reading `x` once.
+
+    y = (x - running_mean) * (weight / sqrt(running_var + eps)) + bias, as ``torch.nn.functional.batch_norm`` with
+    ``training=False``. For a frozen teacher: the gradients of y and of the loss reach `x`, in one pass, and nothing
+    else.
+
+    Args:
+        x: the layer's input, [N, C, ...], floating.
+        running_mean: [C].
+        running_var: [C].
+        weight: [C], or None for ones; must not require a gradient.
+        bias: [C], or None for zeros; must not require a gradient.
+        eps: added to the variance, at least 0.
+
+    Returns:
+        y (shape and dtype of `x`) and the loss, a scalar as :func:`bn_match` returns.
+
+    Raises:
+        InvalidInputError: as :func:`bn_match`; `weight` or `bias` not of shape [C] or requiring a gradient; bad `eps`.
+    """
+    _check_layer(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    eps = checks.check_number("eps", eps, 0)
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None and values.requires_grad and torch.is_grad_enabled():
+            raise InvalidInputError(f"{name} must not require a gradient, which it would not get: detach it")
+    dtype = compute_dtype(x.dtype)
+    mean, var = running_mean.detach().to(dtype), running_var.detach().to(dtype)
+    weight = None if weight is None else weight.detach().to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    return _BnMatchForward.apply(x, mean, var, weight, bias, eps)

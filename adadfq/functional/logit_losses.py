@@ -1,0 +1,136 @@
+"""The two players' losses on logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adadfq import checks
+from adadfq.errors import InvalidInputError
+from adadfq.ops.run import run
+
+__all__ = ["MarginLoss", "entropy_distillation", "margin_loss"]
+
+
+class MarginLoss(NamedTuple):
+    """What :func:`margin_loss` returns. Only `total` carries a gradient."""
+
+    total: Tensor
+    """L_margin + beta (alpha_ds L_ds + alpha_as L_as), a scalar."""
+    margin: Tensor
+    """L_margin, a scalar, detached."""
+    disagreement: Tensor
+    """L_ds, a scalar in nats, detached."""
+    agreement: Tensor
+    """L_as, a scalar in nats, detached."""
+    h_prime: Tensor
+    """H' of every sample, [B] in [0, 1], detached: high where teacher and student agree."""
+
+
+class _MarginLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, *settings: Any) -> Any:
+        *losses, grad_teacher, grad_student = run("margin_loss", teacher_logits, student_logits, labels, *settings)
+        ctx.save_for_backward(grad_teacher, grad_student)
+        ctx.mark_non_differentiable(*losses[1:])
+        return tuple(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_teacher, grad_student = ctx.saved_tensors
+        return grad * grad_teacher, grad * grad_student, *[None] * 7
+
+
+class _EntropyDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
+        loss, grad_student = run("entropy_distillation", teacher_logits, student_logits, temperature)
+        ctx.save_for_backward(grad_student)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_student,) = ctx.saved_tensors
+        return None, grad * grad_student, None
+
+
+def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.dtype == b.dtype:
+        return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def margin_loss(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    lambda_l: float,
+    lambda_u: float,
+    alpha_ds: float,
+    alpha_as: float,
+    beta: float,
+    detach_min: bool = False,
+) -> MarginLoss:
+    """The generator's loss on logits: adaptability held between two bounds, plus the class losses (paper, Eq. 5-9).
+
+    With t, q the logits, H the entropy of softmax(t - q) and H' = (H - min_b H) / (log K - min_b H):
+    total = mean max(lambda_l - H', 0) + mean max(H' - lambda_u, 0)
+    + beta (alpha_ds CE(t - q, labels) + alpha_as CE(t + q, labels)).
+
+    Where every entropy of the batch is within 1e-6 nats of log K (the student equals the teacher, or K = 1), H' is 1
+    and its gradient stays bounded. A single sample has H' = 0.
+
+    Args:
+        teacher_logits: t, [B, K].
+        student_logits: q, [B, K].
+        labels: the classes the images were generated for, integer [B], in 0..K-1.
+        lambda_l: lower bound of H', 0 <= lambda_l <= lambda_u.
+        lambda_u: upper bound of H', at most 1.
+        alpha_ds: weight of the disagreement cross-entropy.
+        alpha_as: weight of the agreement cross-entropy.
+        beta: weight of both cross-entropies.
+        detach_min: treat the batch minimum of H as a constant. False, the default, lets the gradient through it, as the
+            authors' code does.
+
+    Returns:
+        :class:`MarginLoss`; scalars in nats, float32 (float64 for float64); gradients reach both logits.
+
+    Raises:
+        InvalidInputError: shapes, bounds or, for CPU tensors, a label out of range. For other devices a label out of
+            range fails an assertion on the device.
+    """
+    checks.check_logits(teacher_logits, student_logits)
+    checks.check_labels(labels, teacher_logits)
+    lambda_u = checks.check_number("lambda_u", lambda_u, 0, 1)
+    lambda_l = checks.check_number("lambda_l", lambda_l, 0, lambda_u)
+    weights = [checks.check_number(n, v) for n, v in (("alpha_ds", alpha_ds), ("alpha_as", alpha_as), ("beta", beta))]
+    teacher_logits, student_logits = _same_dtype(teacher_logits, student_logits)
+    labels = labels.to(torch.int64)
+    return MarginLoss(
+        *_MarginLoss.apply(teacher_logits, student_logits, labels, lambda_l, lambda_u, *weights, bool(detach_min))
+    )
+
+
+def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
+    """The student's loss: -T^2 mean_b H(softmax((t - q) / T)), least where q equals t up to a constant a sample.
+
+    Args:
+        teacher_logits: t, [B, K]; gets no gradient.
+        student_logits: q, [B, K].
+        temperature: T > 0.
+
+    Returns:
+        Scalar in nats, float32 (float64 for float64), between -T^2 log K and 0.
+
+    Raises:
+        InvalidInputError: shapes do not fit, or the temperature is not positive.
+    """
+    checks.check_logits(teacher_logits, student_logits)
+    temperature = checks.check_number("temperature", temperature)
+    if temperature <= 0:
+        raise InvalidInputError(f"temperature must be positive, got {temperature!r}")
+    teacher_logits, student_logits = _same_dtype(teacher_logits.detach(), student_logits)
+    return _EntropyDistillation.apply(teacher_logits, student_logits, temperature)

@@ -1,0 +1,285 @@
+"""Fake quantisation: with given scales, over each channel's own range, or over a moving range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadfq import checks
+from adadfq.errors import InvalidInputError
+from adadfq.ops import reference
+from adadfq.ops.run import run
+from adadfq.ops.schema import compute_dtype
+
+__all__ = [
+    "dynamic_fake_quantize",
+    "fake_quantize",
+    "foreach_dynamic_fake_quantize",
+    "observe_fake_quantize",
+    "qparams",
+]
+
+
+#: State of an activation range, in the order the operator takes it.
+_RANGE_STATE = (
+    ("running_min", torch.float32),
+    ("running_max", torch.float32),
+    ("num_batches", torch.int64),
+    ("scale", torch.float32),
+    ("zero_point", torch.int32),
+)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None, clip_grad: bool
+    ) -> Tensor:
+        ctx.bits, ctx.axis, ctx.clip_grad = bits, axis, clip_grad
+        if clip_grad:
+            ctx.save_for_backward(x, scale, zero_point)
+        return run("fake_quantize", x, scale, zero_point, bits, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.clip_grad:
+            x, scale, zero_point = ctx.saved_tensors
+            grad = run("fake_quantize_backward", grad, x, scale, zero_point, ctx.bits, ctx.axis)
+        return grad, None, None, None, None, None
+
+
+class _DynamicFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        x_hat, scale, zero_point = run("dynamic_fake_quantize", x, bits, axis)
+        ctx.mark_non_differentiable(scale, zero_point)
+        ctx.set_materialize_grads(False)
+        return x_hat, scale, zero_point
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None
+
+
+class _FakeQuantizeInplace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
+        ctx.mark_dirty(x)
+        run("fake_quantize_", x, scale, zero_point, bits, axis)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None, None
+
+
+class _ForeachDynamicFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bits: list[int], axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x_hats, scales, zero_points = run("foreach_dynamic_fake_quantize", list(tensors), bits, axis)
+        ctx.mark_non_differentiable(*scales, *zero_points)
+        ctx.set_materialize_grads(False)
+        return *x_hats, *scales, *zero_points
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *grads[: len(grads) // 3]
+
+
+class _ObserveFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *state_and_settings: Any) -> Tensor:
+        return run("observe_fake_quantize", x, *state_and_settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * 7
+
+
+def qparams(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the asymmetric uniform quantiser over the range [lo, hi].
+
+    The range is widened to contain 0, so that 0 is exact: scale = (hi - lo) / (2^bits - 1) and
+    zero_point = round(-lo / scale). This is the only definition: training, evaluation and export use it.
+
+    Args:
+        lo: lower ends, any shape, floating.
+        hi: upper ends, shape of `lo`.
+        bits: width, 2..8.
+
+    Returns:
+        scale (float32, or float64 for float64 ranges) and zero_point (int32, in 0..2^bits - 1), shaped like `lo`.
+        An empty range gives scale 1 and zero point 0; a non-finite end gives a NaN scale.
+
+    Raises:
+        InvalidInputError: `bits` outside 2..8, or `lo` and `hi` of different shapes or not floating.
+    """
+    checks.check_bits("bits", bits)
+    checks.check_floating("lo", lo)
+    checks.check_floating("hi", hi)
+    if lo.shape != hi.shape:
+        raise InvalidInputError(f"lo and hi must have equal shapes, got {list(lo.shape)} and {list(hi.shape)}")
+    dtype = compute_dtype(lo.dtype)
+    return reference.qparams(lo.to(dtype), hi.to(dtype), bits)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    axis: int | None = None,
+    clip_grad: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """Quantise `x` to `bits`-bit codes and back, per tensor or per channel.
+
+    code = clamp(round(x / scale) + zero_point, 0, 2^bits - 1), x_hat = (code - zero_point) * scale, rounding half to
+    even (METHOD: the paper's asymmetric quantiser with an integer zero point). NaN stays NaN; infinities saturate.
+
+    The gradient is the straight-through estimator: it passes to `x` unchanged, or, with `clip_grad`, only where `x`
+    is inside the range. `scale` and `zero_point` get none.
+
+    Args:
+        x: floating tensor, any shape.
+        scale: step size; one element when `axis` is None, else ``[x.shape[axis]]``. Must be positive: like torch's own
+            fake quantisation this does not look, for on a GPU looking would wait for the device.
+        zero_point: code of 0, shaped like `scale`, an integer tensor. Must be in 0..2^bits - 1; it is not looked at
+            either.
+        bits: width, 2..8.
+        axis: channel dimension, or None for one scale for the whole tensor.
+        clip_grad: zero the gradient outside the range.
+        inplace: write over `x` and return it, as ``nn.ReLU(inplace=True)`` does. Not with `clip_grad`, whose backward
+            needs the old values.
+
+    Returns:
+        Tensor with the shape and dtype of `x`.
+
+    Raises:
+        InvalidInputError: `bits`, `axis`, a shape, a dtype or a device does not fit; both `clip_grad` and `inplace`.
+    """
+    checks.check_floating("x", x)
+    checks.check_bits("bits", bits)
+    if axis is not None:
+        axis = checks.check_axis(axis, x)
+    scale, zero_point = checks.check_quantizer(scale, zero_point, axis, x, compute_dtype(x.dtype))
+    if inplace:
+        if clip_grad:
+            raise InvalidInputError("inplace must be False with clip_grad, whose backward needs the old values of x")
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+            raise InvalidInputError("inplace must be False for a leaf that requires a gradient")
+        return _FakeQuantizeInplace.apply(x, scale, zero_point, bits, axis)
+    return _FakeQuantize.apply(x, scale, zero_point, bits, axis, clip_grad)
+
+
+def dynamic_fake_quantize(x: Tensor, bits: int, axis: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake quantisation of each channel over its own min/max, recomputed at every call: for weights.
+
+    Equal to ``fake_quantize(x, *qparams(channel minima, channel maxima, bits), bits, axis)`` in one pass. The gradient
+    passes to `x` unchanged. A channel that holds NaN or infinity comes out as NaN.
+
+    Args:
+        x: floating tensor with at least one dimension.
+        bits: width, 2..8.
+        axis: channel dimension.
+
+    Returns:
+        x_hat (shape and dtype of `x`), scale ``[x.shape[axis]]`` (float32, or float64 for float64) and
+        zero_point ``[x.shape[axis]]`` (int32). Only x_hat carries a gradient.
+
+    Raises:
+        InvalidInputError: `bits` or `axis` does not fit, or `x` is not floating.
+    """
+    checks.check_floating("x", x)
+    checks.check_bits("bits", bits)
+    return _DynamicFakeQuantize.apply(x, bits, checks.check_axis(axis, x))
+
+
+def foreach_dynamic_fake_quantize(
+    tensors: Sequence[Tensor], bits: int | Sequence[int], axis: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """:func:`dynamic_fake_quantize` of every tensor of a list in one call: all the weights of a network.
+
+    Args:
+        tensors: floating tensors with at least one dimension, of one dtype, on one device.
+        bits: width, 2..8, of all or one a tensor.
+        axis: channel dimension of every tensor.
+
+    Returns:
+        x_hats, scales and zero_points, a list each, in the order of `tensors`. Only x_hats carry gradients.
+
+    Raises:
+        InvalidInputError: a width, the axis, a dtype or a device does not fit, or there are not as many widths as
+            tensors.
+    """
+    tensors = list(tensors)
+    widths = [bits] * len(tensors) if isinstance(bits, int) else list(bits)
+    if len(widths) != len(tensors):
+        raise InvalidInputError(f"bits must be one width or one a tensor, got {len(widths)} for {len(tensors)} tensors")
+    if not tensors:
+        return [], [], []
+    first = checks.check_floating("tensors[0]", tensors[0])
+    for i, (x, width) in enumerate(zip(tensors, widths, strict=True)):
+        checks.check_floating(f"tensors[{i}]", x)
+        checks.check_bits("bits", width)
+        if x.dtype != first.dtype or x.device != first.device:
+            raise InvalidInputError(
+                f"tensors must have one dtype and device, got {first.dtype} on {first.device} and {x.dtype} on "
+                f"{x.device} at position {i}"
+            )
+        if checks.check_axis(axis, x) != axis and x.dim() != first.dim():
+            raise InvalidInputError("axis must be counted from the front for tensors of different dimensions")
+    results = _ForeachDynamicFakeQuantize.apply(widths, axis % first.dim(), *tensors)
+    n = len(tensors)
+    return list(results[:n]), list(results[n : 2 * n]), list(results[2 * n :])
+
+
+def observe_fake_quantize(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    momentum: float = 0.9,
+) -> Tensor:
+    """Move an activation range by the min/max of `x`, then quantise `x` per tensor with it.
+
+    After n batches the average weighs batch i by momentum^(n - i), divided by the sum of those weights: unbiased from
+    the first batch on (METHOD: the authors' average is not). scale and zero_point follow by :func:`qparams`. The five
+    state tensors are updated in place; the gradient passes to `x` unchanged.
+
+    Args:
+        x: floating tensor, not empty.
+        running_min: float32, one element.
+        running_max: float32, one element.
+        num_batches: int64, one element: how many batches the range has seen.
+        scale: float32, one element; overwritten.
+        zero_point: int32, one element; overwritten.
+        bits: width, 2..8.
+        momentum: weight of the past, 0 <= momentum < 1.
+
+    Returns:
+        Tensor with the shape and dtype of `x`.
+
+    Raises:
+        InvalidInputError: `x` is empty or not floating, `bits` or `momentum` is out of range, or a state tensor has
+            another dtype, size or device. Nothing is changed then.
+    """
+    checks.check_floating("x", x)
+    checks.check_bits("bits", bits)
+    if checks.check_number("momentum", momentum, 0, 1) == 1:
+        raise InvalidInputError("momentum must be below 1, got 1: the range would never move")
+    if x.numel() == 0:
+        raise InvalidInputError(f"x must hold at least one element, got shape {list(x.shape)}")
+    state = (running_min, running_max, num_batches, scale, zero_point)
+    for values, (name, dtype) in zip(state, _RANGE_STATE, strict=True):
+        if values.numel() != 1 or values.dtype != dtype or values.device != x.device:
+            raise InvalidInputError(
+                f"{name} must hold one {dtype} on {x.device}, got {values.numel()} of {values.dtype} on {values.device}"
+            )
+    return _ObserveFakeQuantize.apply(x, *state, bits, float(momentum))
