@@ -6,10 +6,12 @@
 
 #include <cstdint>
 
+#include "cpu/affine_act_fake_quantize.h"
 #include "cpu/bn_match.h"
 #include "cpu/dynamic_fake_quantize.h"
 #include "cpu/fake_quantize.h"
 #include "cpu/logit_losses.h"
+#include "cpu/observe_fake_quantize.h"
 
 namespace py = pybind11;
 
@@ -39,27 +41,68 @@ void fake_quantize_backward(Address grad, Address x, Address scale, Address zero
                                  Layout{outer, channels, inner}, bits, DType(dtype), threads);
 }
 
-void dynamic_fake_quantize(Address x, Address out, Address scale, Address zero_point, int64_t outer,
-                           int64_t channels, int64_t inner, int bits, int dtype, int threads) {
-  adadfq::dynamic_fake_quantize(at_address(x), at_address(out), at_address<float>(scale),
-                                at_address<int32_t>(zero_point), Layout{outer, channels, inner},
-                                bits, DType(dtype), threads);
+// tensors: `count` DynamicTensor structs, written by Python as eight int64 numbers each.
+static_assert(sizeof(adadfq::DynamicTensor) == 8 * sizeof(int64_t), "adadfq/ops/cpu.py writes it");
+
+void dynamic_fake_quantize(Address tensors, int64_t count, int dtype, int threads) {
+  adadfq::dynamic_fake_quantize(at_address<adadfq::DynamicTensor>(tensors), count, DType(dtype),
+                                threads);
 }
 
-void bn_match(Address x, Address running_mean, Address running_var, Address loss, Address mean,
-              Address var, int64_t outer, int64_t channels, int64_t inner, int dtype, int threads) {
-  adadfq::bn_match(at_address(x), at_address<float>(running_mean), at_address<float>(running_var),
-                   at_address<float>(loss), at_address<float>(mean), at_address<float>(var),
+void observe_fake_quantize(Address x, Address out, int64_t n, Address running_min,
+                           Address running_max, Address num_batches, Address scale,
+                           Address zero_point, int bits, double momentum, int dtype, int threads) {
+  const adadfq::RangeState state{at_address<float>(running_min), at_address<float>(running_max),
+                                 at_address<int64_t>(num_batches), at_address<float>(scale),
+                                 at_address<int32_t>(zero_point)};
+  adadfq::observe_fake_quantize(at_address(x), at_address(out), n, state, bits, momentum,
+                                DType(dtype), threads);
+}
+
+// An address of 0 is a tensor that is not there.
+void affine_act_fake_quantize(Address x, Address scale, Address shift, Address residual, int act,
+                              Address act_scale, Address act_zero_point, int bits, Address out,
+                              int64_t outer, int64_t channels, int64_t inner, int dtype,
+                              int threads) {
+  adadfq::affine_act_fake_quantize(
+      at_address(x), at_address<float>(scale), at_address<float>(shift), at_address(residual),
+      adadfq::Act(act), at_address<float>(act_scale), at_address<int32_t>(act_zero_point), bits,
+      at_address(out), Layout{outer, channels, inner}, DType(dtype), threads);
+}
+
+void affine_act_fake_quantize_backward(Address grad, Address x, Address scale, Address shift,
+                                       Address residual, int act, Address grad_x,
+                                       Address grad_residual, Address grad_scale,
+                                       Address grad_shift, int64_t outer, int64_t channels,
+                                       int64_t inner, int dtype, int threads) {
+  adadfq::affine_act_fake_quantize_backward(
+      at_address(grad), at_address(x), at_address<float>(scale), at_address<float>(shift),
+      at_address(residual), adadfq::Act(act), at_address(grad_x), at_address(grad_residual),
+      at_address<float>(grad_scale), at_address<float>(grad_shift), Layout{outer, channels, inner},
+      DType(dtype), threads);
+}
+
+// y, weight and bias may be 0.
+void bn_match(Address x, Address running_mean, Address running_var, Address weight, Address bias,
+              double eps, Address y, Address loss, Address mean, Address var, int64_t outer,
+              int64_t channels, int64_t inner, int dtype, int threads) {
+  const adadfq::BatchNorm norm{at_address<float>(running_mean), at_address<float>(running_var),
+                               at_address<float>(weight), at_address<float>(bias), eps};
+  adadfq::bn_match(at_address(x), norm, at_address(y), at_address<float>(loss),
+                   at_address<double>(mean), at_address<double>(var),
                    Layout{outer, channels, inner}, DType(dtype), threads);
 }
 
-void bn_match_backward(Address grad_loss, Address x, Address mean, Address var,
-                       Address running_mean, Address running_var, Address out, int64_t outer,
-                       int64_t channels, int64_t inner, int dtype, int threads) {
-  adadfq::bn_match_backward(at_address<float>(grad_loss), at_address(x), at_address<float>(mean),
-                            at_address<float>(var), at_address<float>(running_mean),
-                            at_address<float>(running_var), at_address(out),
-                            Layout{outer, channels, inner}, DType(dtype), threads);
+// grad_y and weight may be 0.
+void bn_match_backward(Address grad_y, Address grad_loss, Address x, Address mean, Address var,
+                       Address running_mean, Address running_var, Address weight, double eps,
+                       Address out, int64_t outer, int64_t channels, int64_t inner, int dtype,
+                       int threads) {
+  const adadfq::BatchNorm norm{at_address<float>(running_mean), at_address<float>(running_var),
+                               at_address<float>(weight), nullptr, eps};
+  adadfq::bn_match_backward(at_address(grad_y), at_address<float>(grad_loss), at_address(x),
+                            at_address<double>(mean), at_address<double>(var), norm,
+                            at_address(out), Layout{outer, channels, inner}, DType(dtype), threads);
 }
 
 // Returns the index of the first label outside 0..classes - 1, having written nothing, or -1.
@@ -94,6 +137,9 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("fake_quantize", &fake_quantize, nogil);
   m.def("fake_quantize_backward", &fake_quantize_backward, nogil);
   m.def("dynamic_fake_quantize", &dynamic_fake_quantize, nogil);
+  m.def("observe_fake_quantize", &observe_fake_quantize, nogil);
+  m.def("affine_act_fake_quantize", &affine_act_fake_quantize, nogil);
+  m.def("affine_act_fake_quantize_backward", &affine_act_fake_quantize_backward, nogil);
   m.def("bn_match", &bn_match, nogil);
   m.def("bn_match_backward", &bn_match_backward, nogil);
   m.def("margin_loss", &margin_loss, nogil);

@@ -9,10 +9,12 @@
 #include <limits>
 #include <memory>
 
+#include "../csrc/cpu/affine_act_fake_quantize.h"
 #include "../csrc/cpu/bn_match.h"
 #include "../csrc/cpu/dynamic_fake_quantize.h"
 #include "../csrc/cpu/fake_quantize.h"
 #include "../csrc/cpu/logit_losses.h"
+#include "../csrc/cpu/observe_fake_quantize.h"
 
 namespace {
 
@@ -122,34 +124,115 @@ void drive_fake_quantize(const Layout& layout, DType dtype, int threads) {
   }
 }
 
-void drive_dynamic(const Layout& layout, DType dtype, int threads) {
+void drive_in_place(const Layout& layout, DType dtype, int threads) {
   Values x(layout.elements(), dtype), out(layout.elements(), dtype);
   Floats scale(layout.channels);
   std::unique_ptr<int32_t[]> zero_point(new int32_t[layout.channels]);
   x.fill();
-  dynamic_fake_quantize(x.data(), out.data(), scale.floats(), zero_point.get(), layout, 4, dtype,
-                        threads);
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    scale.set(c, 0.1f);
+    zero_point[c] = 3;
+  }
+  fake_quantize(x.data(), scale.floats(), zero_point.get(), out.data(), layout, 4, dtype, threads);
+  fake_quantize(x.data(), scale.floats(), zero_point.get(), x.data(), layout, 4, dtype, threads);
+  for (int64_t i = 0; i < x.n; ++i) {
+    expect(x.get(i) == out.get(i), "fake_quantize in place", layout, dtype);
+    if (failures > 5) return;
+  }
+}
+
+void drive_dynamic(const Layout& layout, DType dtype, int threads) {
+  Values x(layout.elements(), dtype), out(layout.elements(), dtype), other(35, dtype),
+      other_out(35, dtype);
+  Floats scale(layout.channels), other_scale(5);
+  std::unique_ptr<int32_t[]> zero_point(new int32_t[layout.channels]),
+      other_zero_point(new int32_t[5]);
+  x.fill();
+  other.fill();
+  const DynamicTensor tensors[] = {
+      {other.data(), other_out.data(), other_scale.floats(), other_zero_point.get(), {1, 5, 7}, 3},
+      {x.data(), out.data(), scale.floats(), zero_point.get(), layout, 4}};
+  dynamic_fake_quantize(tensors, 2, dtype, threads);
   expect(out.written() && scale.written(), "dynamic_fake_quantize", layout, dtype);
+  expect(other_out.written() && other_scale.written(), "the other tensor", layout, dtype);
   x.set(x.n - 1, std::numeric_limits<float>::quiet_NaN());
-  dynamic_fake_quantize(x.data(), out.data(), scale.floats(), zero_point.get(), layout, 4, dtype,
-                        threads);
+  dynamic_fake_quantize(tensors, 2, dtype, threads);
   expect(std::isnan(scale.get(layout.channels - 1)), "NaN in dynamic_fake_quantize", layout, dtype);
 }
 
-void drive_bn_match(const Layout& layout, DType dtype, int threads) {
+void drive_observe(const Layout& layout, DType dtype, int threads) {
   Values x(layout.elements(), dtype), out(layout.elements(), dtype);
-  Floats running_mean(layout.channels), running_var(layout.channels), mean(layout.channels),
-      var(layout.channels), loss(1), grad(1);
+  Floats running_min(1), running_max(1), scale(1);
+  std::unique_ptr<int32_t> zero_point(new int32_t(0));
+  std::unique_ptr<int64_t> num_batches(new int64_t(0));
+  running_min.set(0, 0);
+  running_max.set(0, 0);
+  const RangeState state{running_min.floats(), running_max.floats(), num_batches.get(),
+                         scale.floats(), zero_point.get()};
+  for (int batch = 1; batch <= 2; ++batch) {
+    x.fill();
+    observe_fake_quantize(x.data(), out.data(), x.n, state, 4, 0.9, dtype, threads);
+    expect(out.written() && scale.written() && *num_batches == batch, "observe_fake_quantize",
+           layout, dtype);
+  }
+}
+
+void drive_affine(const Layout& layout, DType dtype, int threads) {
+  const int64_t n = layout.elements();
+  for (const bool with_residual : {false, true}) {
+    Values x(n, dtype), residual(n, dtype), grad(n, dtype), out(n, dtype), grad_x(n, dtype),
+        grad_residual(n, dtype);
+    Floats scale(layout.channels), shift(layout.channels), grad_scale(layout.channels),
+        grad_shift(layout.channels), act_scale(1);
+    std::unique_ptr<int32_t> act_zero_point(new int32_t(2));
+    x.fill();
+    residual.fill();
+    grad.fill();
+    scale.fill();
+    shift.fill();
+    act_scale.set(0, 0.25f);
+    void* added = with_residual ? residual.data() : nullptr;
+    affine_act_fake_quantize(x.data(), scale.floats(), shift.floats(), added, Act::kRelu,
+                             act_scale.floats(), act_zero_point.get(), 4, out.data(), layout, dtype,
+                             threads);
+    affine_act_fake_quantize_backward(
+        grad.data(), x.data(), scale.floats(), shift.floats(), added, Act::kRelu6, grad_x.data(),
+        grad_residual.data(), grad_scale.floats(), grad_shift.floats(), layout, dtype, threads);
+    expect(out.written() && grad_x.written() && grad_residual.written(), "affine", layout, dtype);
+    expect(grad_scale.written() && grad_shift.written(), "affine's parameters", layout, dtype);
+    Values again(n, dtype);
+    affine_act_fake_quantize(x.data(), scale.floats(), shift.floats(), added, Act::kNone, nullptr,
+                             nullptr, 4, again.data(), layout, dtype, threads);
+    expect(again.written(), "affine without quantiser", layout, dtype);
+    affine_act_fake_quantize_backward(grad.data(), x.data(), scale.floats(), shift.floats(), added,
+                                      Act::kNone, again.data(), nullptr, nullptr, nullptr, layout,
+                                      dtype, threads);
+  }
+}
+
+void drive_bn_match(const Layout& layout, DType dtype, int threads) {
+  Values x(layout.elements(), dtype), grad_y(layout.elements(), dtype),
+      out(layout.elements(), dtype), y(layout.elements(), dtype);
+  Floats running_mean(layout.channels), running_var(layout.channels), weight(layout.channels),
+      loss(1), grad(1);
+  std::unique_ptr<double[]> mean(new double[layout.channels]), var(new double[layout.channels]);
   x.fill();
+  grad_y.fill();
   running_mean.fill();
-  running_var.fill();
+  weight.fill();
+  for (int64_t c = 0; c < layout.channels; ++c) running_var.set(c, 0.5f);
   grad.set(0, 0.5f);
-  bn_match(x.data(), running_mean.floats(), running_var.floats(), loss.floats(), mean.floats(),
-           var.floats(), layout, dtype, threads);
-  expect(loss.written() && mean.written() && var.written(), "bn_match", layout, dtype);
-  bn_match_backward(grad.floats(), x.data(), mean.floats(), var.floats(), running_mean.floats(),
-                    running_var.floats(), out.data(), layout, dtype, threads);
-  expect(out.written(), "bn_match_backward", layout, dtype);
+  const BatchNorm norm{running_mean.floats(), running_var.floats(), weight.floats(), nullptr, 1e-5};
+  for (const bool fused : {false, true}) {
+    mean[layout.channels - 1] = var[layout.channels - 1] = -1;
+    bn_match(x.data(), norm, fused ? y.data() : nullptr, loss.floats(), mean.get(), var.get(),
+             layout, dtype, threads);
+    expect(loss.written() && var[layout.channels - 1] >= 0, "bn_match", layout, dtype);
+    bn_match_backward(fused ? grad_y.data() : nullptr, grad.floats(), x.data(), mean.get(),
+                      var.get(), norm, out.data(), layout, dtype, threads);
+    expect(out.written(), "bn_match_backward", layout, dtype);
+  }
+  expect(y.written(), "bn_match's BatchNorm", layout, dtype);
 }
 
 void drive_losses(int64_t batch, int64_t classes, DType dtype, int threads) {
@@ -186,7 +269,10 @@ int main() {
     for (const int threads : {1, 3}) {
       for (const Layout& layout : layouts) {
         drive_fake_quantize(layout, dtype, threads);
+        drive_in_place(layout, dtype, threads);
         drive_dynamic(layout, dtype, threads);
+        drive_observe(layout, dtype, threads);
+        drive_affine(layout, dtype, threads);
         drive_bn_match(layout, dtype, threads);
       }
       for (const int64_t batch : {1, 7, 33}) {

@@ -40,7 +40,7 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
         assert torch.equal(got, want)
         return
     assert torch.equal(got.isnan(), want.isnan())
-    integer = torch.int32 if got.dtype == torch.float32 else torch.int16
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
     differ = (got.view(integer) != want.view(integer)) & ~got.isnan()
     assert not differ.any(), f"{got[differ][:5]} instead of {want[differ][:5]}"
 

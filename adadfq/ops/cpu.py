@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from array import array
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,14 @@ def _native() -> Any:
     return _load()[0]
 
 
+def _call(op: str, x: Tensor, *arguments: Any) -> None:
+    getattr(_native(), op)(*arguments, DTYPE_NUMBERS[x.dtype], torch.get_num_threads())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
     """See :func:`adadfq.ops.reference.fake_quantize`; equal to it bit for bit."""
     op = "fake_quantize"
@@ -45,9 +54,19 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     if x.numel() == 0:
         return out
     x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
-    pointers = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
-    _native().fake_quantize(*pointers, *layout, bits, DTYPE_NUMBERS[x.dtype], torch.get_num_threads())
+    _call(op, x, x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr(), *layout, bits)
     return out
+
+
+def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> None:
+    """See :func:`adadfq.ops.reference.fake_quantize_`; equal to it bit for bit."""
+    op = "fake_quantize"
+    if x.numel() == 0:
+        return
+    dense, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    _call(op, x, dense.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), dense.data_ptr(), *layout, bits)
+    if dense is not x:
+        x.copy_(dense)
 
 
 def fake_quantize_backward(
@@ -61,56 +80,230 @@ def fake_quantize_backward(
     x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
     grad = native_args.like(op, "grad", grad, x)
     pointers = (grad.data_ptr(), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
-    _native().fake_quantize_backward(*pointers, *layout, bits, DTYPE_NUMBERS[x.dtype], torch.get_num_threads())
+    _call(op, x, *pointers, *layout, bits)
     return out
 
 
 def dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`adadfq.ops.reference.dynamic_fake_quantize`; equal to it bit for bit."""
-    if x.numel() == 0:
-        return reference.dynamic_fake_quantize(x, bits, axis)
+    x_hats, scales, zero_points = foreach_dynamic_fake_quantize([x], [bits], axis)
+    return x_hats[0], scales[0], zero_points[0]
+
+
+def foreach_dynamic_fake_quantize(
+    tensors: list[Tensor], bits: list[int], axis: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """See :func:`adadfq.ops.reference.foreach_dynamic_fake_quantize`; equal to it bit for bit."""
     op = "dynamic_fake_quantize"
+    x_hats, scales, zero_points, kept, structs = [], [], [], [], array("q")
+    for x, width in zip(tensors, bits, strict=True):
+        if x.numel() == 0:
+            out, scale, zero_point = reference.dynamic_fake_quantize(x, width, axis)
+        else:
+            out = torch.empty_like(x)
+            x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
+            layout = native_args.layout(op, x, axis)
+            scale = torch.empty(layout.channels, dtype=torch.float32)
+            zero_point = torch.empty(layout.channels, dtype=torch.int32)
+            # The fields of DynamicTensor in csrc/cpu/dynamic_fake_quantize.h.
+            structs.extend((x.data_ptr(), out.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), *layout, width))
+            kept.append(x)
+            if x.dtype != kept[0].dtype:
+                raise InvalidInputError(f"{op}: tensors must have one dtype, got {kept[0].dtype} and {x.dtype}")
+        x_hats.append(out)
+        scales.append(scale)
+        zero_points.append(zero_point)
+    if kept:
+        _call(op, kept[0], structs.buffer_info()[0], len(kept))
+    return x_hats, scales, zero_points
+
+
+def observe_fake_quantize(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    momentum: float,
+) -> Tensor:
+    """See :func:`adadfq.ops.reference.observe_fake_quantize`."""
+    op = "observe_fake_quantize"
     out = torch.empty_like(x)
-    x = native_args.main_tensor(op, "x", x, "cpu")
-    layout = native_args.layout(op, x, axis)
-    scale = x.new_empty(layout.channels, dtype=torch.float32)
-    zero_point = x.new_empty(layout.channels, dtype=torch.int32)
-    _native().dynamic_fake_quantize(
+    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
+    if x.numel() == 0:
+        raise InvalidInputError(f"{op}: x must hold at least one element, got shape {list(x.shape)}")
+    state = [
+        native_args.scalar(op, name, tensor, dtype, x.device).data_ptr()
+        for name, tensor, dtype in (
+            ("running_min", running_min, torch.float32),
+            ("running_max", running_max, torch.float32),
+            ("num_batches", num_batches, torch.int64),
+            ("scale", scale, torch.float32),
+            ("zero_point", zero_point, torch.int32),
+        )
+    ]
+    _call(op, x, x.data_ptr(), out.data_ptr(), x.numel(), *state, bits, momentum)
+    return out
+
+
+#: Activation -> the number csrc/cpu/affine_act_fake_quantize.h gives it.
+ACT_NUMBERS = {"none": 0, "relu": 1, "relu6": 2}
+
+
+def _act_number(op: str, act: str) -> int:
+    if act not in ACT_NUMBERS:
+        raise InvalidInputError(f"{op}: act must be one of {', '.join(ACT_NUMBERS)}, got {act!r}")
+    return ACT_NUMBERS[act]
+
+
+def affine_act_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """See :func:`adadfq.ops.reference.affine_act_fake_quantize`; equal to it bit for bit."""
+    op = "affine_act_fake_quantize"
+    out = torch.empty_like(x)
+    act_number = _act_number(op, act)
+    if x.numel() == 0:
+        return out
+    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
+    layout = native_args.layout(op, x, 1)
+    scale = native_args.vector(op, "scale", scale, x.shape[1], torch.float32, x.device)
+    shift = native_args.vector(op, "shift", shift, x.shape[1], torch.float32, x.device)
+    if residual is not None:
+        residual = native_args.like(op, "residual", residual, x)
+    if act_scale is None or act_zero_point is None:
+        act_scale = act_zero_point = None
+    else:
+        act_scale = native_args.scalar(op, "act_scale", act_scale, torch.float32, x.device)
+        act_zero_point = native_args.scalar(op, "act_zero_point", act_zero_point, torch.int32, x.device)
+    _call(
+        op,
+        x,
         x.data_ptr(),
-        out.data_ptr(),
         scale.data_ptr(),
-        zero_point.data_ptr(),
-        *layout,
+        shift.data_ptr(),
+        _address(residual),
+        act_number,
+        _address(act_scale),
+        _address(act_zero_point),
         bits,
-        DTYPE_NUMBERS[x.dtype],
-        torch.get_num_threads(),
+        out.data_ptr(),
+        *layout,
     )
-    return out, scale, zero_point
+    return out
+
+
+def affine_act_fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    need_residual: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`adadfq.ops.reference.affine_act_fake_quantize_backward`; sums beyond 4096 elements in float64."""
+    op = "affine_act_fake_quantize_backward"
+    act_number = _act_number(op, act)
+    grad_x = torch.empty_like(x)
+    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
+    channels = x.shape[1]
+    grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
+    grad_scale = torch.empty(channels if need_params else 0, dtype=torch.float32)
+    grad_shift = torch.empty_like(grad_scale)
+    if x.numel() == 0:
+        return grad_x, grad_residual, grad_scale.zero_(), grad_shift.zero_()
+    layout = native_args.layout(op, x, 1)
+    scale = native_args.vector(op, "scale", scale, channels, torch.float32, x.device)
+    shift = native_args.vector(op, "shift", shift, channels, torch.float32, x.device)
+    grad = native_args.like(op, "grad", grad, x)
+    if residual is not None:
+        residual = native_args.like(op, "residual", residual, x)
+    _call(
+        op,
+        x,
+        grad.data_ptr(),
+        x.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _address(residual),
+        act_number,
+        grad_x.data_ptr(),
+        grad_residual.data_ptr() if need_residual else 0,
+        grad_scale.data_ptr() if need_params else 0,
+        grad_shift.data_ptr() if need_params else 0,
+        *layout,
+    )
+    return grad_x, grad_residual, grad_scale, grad_shift
 
 
 def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`adadfq.ops.reference.bn_match`; sums are in float64."""
+    """See :func:`adadfq.ops.reference.bn_match`; sums beyond 4096 elements in float64."""
+    return _bn_match("bn_match", x, running_mean, running_var, None, None, 0.0, None)
+
+
+def bn_match_forward(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`adadfq.ops.reference.bn_match_forward`; y is equal to it bit for bit."""
+    y = torch.empty_like(x)
+    return y, *_bn_match("bn_match_forward", x, running_mean, running_var, weight, bias, eps, y)
+
+
+def _bn_match(
+    op: str,
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
     if x.numel() == 0:
         return reference.bn_match(x, running_mean, running_var)
-    op = "bn_match"
-    x = native_args.main_tensor(op, "x", x, "cpu")
     layout = native_args.layout(op, x, 1)
-    running_mean = native_args.vector(op, "running_mean", running_mean, layout.channels, torch.float32, x.device)
-    running_var = native_args.vector(op, "running_var", running_var, layout.channels, torch.float32, x.device)
-    loss = x.new_empty((), dtype=torch.float32)
-    mean, var = torch.empty_like(running_mean), torch.empty_like(running_var)
-    _native().bn_match(
+    running_mean, running_var, weight, bias = _channelwise(
+        op, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    loss = torch.empty((), dtype=torch.float32)
+    mean = torch.empty(layout.channels, dtype=torch.float64)
+    var = torch.empty(layout.channels, dtype=torch.float64)
+    _call(
+        "bn_match",
+        x,
         x.data_ptr(),
         running_mean.data_ptr(),
         running_var.data_ptr(),
+        _address(weight),
+        _address(bias),
+        eps,
+        _address(y),
         loss.data_ptr(),
         mean.data_ptr(),
         var.data_ptr(),
         *layout,
-        DTYPE_NUMBERS[x.dtype],
-        torch.get_num_threads(),
     )
     return loss, mean, var
+
+
+def _channelwise(op: str, x: Tensor, **tensors: Tensor | None) -> list[Any]:
+    channels = x.shape[1]
+    return [
+        None if t is None else native_args.vector(op, name, t, channels, torch.float32, x.device)
+        for name, t in tensors.items()
+    ]
 
 
 def bn_match_backward(
@@ -118,32 +311,64 @@ def bn_match_backward(
 ) -> Tensor:
     """See :func:`adadfq.ops.reference.bn_match_backward`; equal to it bit for bit."""
     op = "bn_match_backward"
+    return _bn_match_backward(op, None, grad_loss, x, mean, var, running_mean, running_var, None, 0.0)
+
+
+def bn_match_forward_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    grad_loss: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See :func:`adadfq.ops.reference.bn_match_forward_backward`; equal to it bit for bit."""
+    op = "bn_match_forward_backward"
+    return _bn_match_backward(op, grad_y, grad_loss, x, mean, var, running_mean, running_var, weight, eps)
+
+
+def _bn_match_backward(
+    op: str,
+    grad_y: Tensor | None,
+    grad_loss: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x = native_args.main_tensor(op, "x", x, "cpu")
+    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
     layout = native_args.layout(op, x, 1)
-    grad_loss = native_args.vector(op, "grad_loss", grad_loss, 1, torch.float32, x.device)
-    mean, var, running_mean, running_var = (
-        native_args.vector(op, name, tensor, layout.channels, torch.float32, x.device)
-        for name, tensor in (
-            ("mean", mean),
-            ("var", var),
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-        )
+    grad_loss = native_args.scalar(op, "grad_loss", grad_loss, torch.float32, x.device)
+    mean = native_args.vector(op, "mean", mean, x.shape[1], torch.float64, x.device)
+    var = native_args.vector(op, "var", var, x.shape[1], torch.float64, x.device)
+    running_mean, running_var, weight = _channelwise(
+        op, x, running_mean=running_mean, running_var=running_var, weight=weight
     )
-    _native().bn_match_backward(
+    if grad_y is not None:
+        grad_y = native_args.like(op, "grad_y", grad_y, x)
+    _call(
+        "bn_match_backward",
+        x,
+        _address(grad_y),
         grad_loss.data_ptr(),
         x.data_ptr(),
         mean.data_ptr(),
         var.data_ptr(),
         running_mean.data_ptr(),
         running_var.data_ptr(),
+        _address(weight),
+        eps,
         out.data_ptr(),
         *layout,
-        DTYPE_NUMBERS[x.dtype],
-        torch.get_num_threads(),
     )
     return out
 
@@ -219,10 +444,17 @@ def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, tempera
 
 KERNELS = {
     "fake_quantize": fake_quantize,
+    "fake_quantize_": fake_quantize_,
     "fake_quantize_backward": fake_quantize_backward,
     "dynamic_fake_quantize": dynamic_fake_quantize,
+    "foreach_dynamic_fake_quantize": foreach_dynamic_fake_quantize,
+    "observe_fake_quantize": observe_fake_quantize,
+    "affine_act_fake_quantize": affine_act_fake_quantize,
+    "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,
+    "bn_match_forward": bn_match_forward,
+    "bn_match_forward_backward": bn_match_forward_backward,
     "margin_loss": margin_loss,
     "entropy_distillation": entropy_distillation,
 }

@@ -98,6 +98,18 @@ def vector(op: str, name: str, tensor: Tensor, length: int, dtype: torch.dtype, 
     return tensor.contiguous()
 
 
+def scalar(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`tensor` itself, after a check that it holds one value of `dtype` on `device`.
+
+    Raises:
+        InvalidInputError: device, dtype or size are others.
+    """
+    _check_kind(op, name, tensor, device, dtype)
+    if tensor.numel() != 1:
+        raise _refuse(op, name, f"must hold one element, got shape {list(tensor.shape)}")
+    return tensor
+
+
 def logits(op: str, teacher: Tensor, student: Tensor, device_type: str) -> tuple[Tensor, Tensor]:
     """Both tensors contiguous, after a check that they are [B, K] alike with B, K >= 1.
 

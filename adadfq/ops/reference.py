@@ -206,26 +206,43 @@ def _reduced_dims(x: Tensor) -> list[int]:
 
 
 def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """MSE(mean, running_mean) + MSE(var, running_var) with the biased variance; returns (loss, mean [C], var [C])."""
-    var, mean = torch.var_mean(_compute(x), dim=_reduced_dims(x), correction=0)
+    """MSE(mean, running_mean) + MSE(var, running_var) with the biased variance; returns (loss, mean [C], var [C]).
+
+    mean and var are float64: rounding a mean of 1e4 to float32 moves it by a twentieth of a deviation of 1e-2.
+    """
+    values, dims = _compute(x), _reduced_dims(x)
+    rounded = values.mean(dims)
+    # Where a channel holds an infinity, its mean is one, and centred values would be NaN.
+    pivot = torch.where(rounded.isfinite(), rounded, 0)
+    centred = values - _per_axis(pivot, x.dim(), 1)
+    offset = centred.mean(dims).double()
+    mean = pivot.double() + offset
+    var = centred.square().mean(dims).double() - offset.square()
+    var = torch.where(var < 0, 0, var)
     loss = (mean - running_mean).square().mean() + (var - running_var).square().mean()
-    return loss, mean, var
+    return loss.to(values.dtype), mean, var
 
 
 def bn_match_backward(
     grad_loss: Tensor, x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
 ) -> Tensor:
     """dL/dx = g 2 / (C n) [(mean - running_mean) + 2 (var - running_var) (x - mean)], n elements a channel."""
-    factor = grad_loss * (2 / x.numel())
-    shift = _per_axis(factor * (mean - running_mean), x.dim(), 1)
-    slope = _per_axis(factor * 2 * (var - running_var), x.dim(), 1)
+    values = _compute(x)
+    factor = grad_loss.double() * (2 / x.numel())
+    rounded = mean.to(values.dtype)
+    slope = factor * 2 * (var - running_var)
+    # What rounding the mean leaves out goes to the shift: it may be much of the deviation.
+    shift = factor * (mean - running_mean) + slope * (rounded.double() - mean)
+    shift, slope, rounded = (_per_axis(v.to(values.dtype), x.dim(), 1) for v in (shift, slope, rounded))
     out = torch.empty_like(x)
-    return out.copy_(shift + slope * (_compute(x) - _per_axis(mean, x.dim(), 1)))
+    return out.copy_(shift + slope * (values - rounded))
 
 
 def _batch_norm_slope(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    slope = 1 / torch.sqrt(running_var + eps)
-    return slope if weight is None else weight * slope
+    # In float64: square roots in float32 are not rounded alike everywhere.
+    slope = 1 / torch.sqrt(running_var.double() + eps)
+    slope = slope if weight is None else weight.double() * slope
+    return slope.to(running_var.dtype)
 
 
 def bn_match_forward(

@@ -12,8 +12,8 @@ dtype and shape [C], with channels in dimension 1; `residual` has the dtype and 
 one dtype; the state of an activation range has one element each (float32, num_batches int64, zero_point int32). Layout
 is free.
 
-Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales, statistics and losses
-have it. Outputs shaped like an input have its dtype and, where it is dense, its strides.
+Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales and losses have it; batch
+statistics are float64. Outputs shaped like an input have its dtype and, where it is dense, its strides.
 """
 
 from __future__ import annotations
@@ -102,9 +102,8 @@ def _affine_act_fake_quantize_backward(
 
 
 def _bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(x.dtype)
-    channels = x.shape[1]
-    return x.new_empty((), dtype=dtype), x.new_empty((channels,), dtype=dtype), x.new_empty((channels,), dtype=dtype)
+    mean, var = (x.new_empty((x.shape[1],), dtype=torch.float64) for _ in range(2))
+    return x.new_empty((), dtype=compute_dtype(x.dtype)), mean, var
 
 
 def _bn_match_backward(

@@ -1,4 +1,5 @@
-// Matching a layer's batch statistics with the running statistics of its BatchNorm.
+// Matching a layer's batch statistics with the running statistics of its BatchNorm, alone or with
+// the BatchNorm itself.
 #ifndef ADADFQ_CPU_BN_MATCH_H_
 #define ADADFQ_CPU_BN_MATCH_H_
 
@@ -7,14 +8,26 @@
 
 namespace adadfq {
 
-// x: layout.elements() values of `dtype`; running_mean, running_var, mean, var: layout.channels
-// values. Writes the loss, the means and the biased variances.
-void bn_match(const void* x, const float* running_mean, const float* running_var, float* loss,
-              float* mean, float* var, const Layout& layout, DType dtype, int threads);
+// Parameters of an inference BatchNorm, one value a channel; weight and bias may be null.
+struct BatchNorm {
+  const float* running_mean;
+  const float* running_var;
+  const float* weight;
+  const float* bias;
+  double eps;
+};
 
-// grad_loss: one value. x, out: layout.elements() values of `dtype`.
-void bn_match_backward(const float* grad_loss, const void* x, const float* mean, const float* var,
-                       const float* running_mean, const float* running_var, void* out,
+// x: layout.elements() values of `dtype`. Writes the loss (one value), and the means and biased
+// variances, layout.channels values each. With `y` (values of `dtype`, else null) also writes the
+// BatchNorm of x; without it only the running statistics of `norm` are read.
+void bn_match(const void* x, const BatchNorm& norm, void* y, float* loss, double* mean, double* var,
+              const Layout& layout, DType dtype, int threads);
+
+// grad_y (values of `dtype`, or null: no gradient but that of the loss), grad_loss: one value. x,
+// out: layout.elements() values of `dtype`. Without grad_y only the running statistics of `norm`
+// are read.
+void bn_match_backward(const void* grad_y, const float* grad_loss, const void* x,
+                       const double* mean, const double* var, const BatchNorm& norm, void* out,
                        const Layout& layout, DType dtype, int threads);
 
 }  // namespace adadfq

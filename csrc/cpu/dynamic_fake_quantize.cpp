@@ -1,17 +1,17 @@
-// Fake quantisation over each channel's own range.
+// Fake quantisation over each channel's own range, of one tensor or of a list.
 //
 //   lo_c = min(0, min x_c), hi_c = max(0, max x_c); NaN if the channel holds a NaN
 //   scale_c, zero_point_c = qparams_from_range(lo_c, hi_c)        (csrc/common/quantizer.h)
 //   x_hat = round(clamp(x / scale_c, -zero_point_c, 2^bits - 1 - zero_point_c)) * scale_c
 //
 // Where a channel's elements lie together (weights), each thread finds the range of a channel and
-// quantises it while it is in the cache: 8 bytes an element of memory traffic in float32. Otherwise
-// (channel axis innermost, or rows too short to vectorise along) the ranges of all columns are
-// taken side by side, then the tensor is quantised in a second pass: 12 bytes.
+// quantises it while it is in the cache: 8 bytes an element of memory traffic in float32. The
+// channels of all such tensors of a list are shared out together, by elements. Otherwise (channel
+// axis innermost, rows too short to vectorise along, or fewer channels than threads) the ranges are
+// found first, then the tensor is quantised in a second pass: 12 bytes.
 //
 // Test: python -m pytest tests/test_native_cpu.py -k dynamic
-// Time: python -m timeit -s "import torch, adadfq.ops; x = torch.randn(512, 4608)"
-//       "torch.ops.adadfq.dynamic_fake_quantize(x, 4, 0)"
+// Time: python -m benchmarks ops --ops dynamic_fake_quantize,foreach_dynamic_fake_quantize
 #include "dynamic_fake_quantize.h"
 
 #include <limits>
@@ -22,102 +22,88 @@
 #include "fake_quantize.h"
 #include "huge_pages.h"
 #include "quantize_loops.h"
-#include "target_clones.h"
+#include "ranges.h"
 
 namespace adadfq {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-struct Range {
-  float lo = kInf;
-  float hi = -kInf;
-  int32_t nan = 0;
+void set_qparams(const DynamicTensor& t, int64_t channel, const Range& range) {
+  const QParams q = range.qparams(static_cast<int>(t.bits));
+  t.scale[channel] = q.scale;
+  t.zero_point[channel] = q.zero_point;
+}
 
-  void join(float other_lo, float other_hi, int32_t other_nan) {
-    lo = other_lo < lo ? other_lo : lo;
-    hi = other_hi > hi ? other_hi : hi;
-    nan |= other_nan;
-  }
-
-  QParams qparams(int bits) const {
-    return nan ? qparams_from_range(kNaN, kNaN, bits) : qparams_from_range(lo, hi, bits);
-  }
-};
-
-// Comparisons drop a NaN, so NaN is looked for on its own.
-template <typename T>
-ADADFQ_INLINE void row_range(const T* ADADFQ_RESTRICT x, int64_t n, Range& range) {
-  float lo = range.lo, hi = range.hi;
-  int32_t nan = range.nan;
-#pragma omp simd reduction(min : lo) reduction(max : hi) reduction(| : nan)
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = to_float(x[i]);
-    lo = v < lo ? v : lo;
-    hi = v > hi ? v : hi;
-    nan |= v != v;
-  }
-  range = {lo, hi, nan};
+bool rows_lie_together(const Layout& layout) {
+  return layout.outer == 1 || layout.inner >= kRowElements;
 }
 
 template <typename T>
-ADADFQ_INLINE void column_ranges(const T* ADADFQ_RESTRICT x, int64_t rows, int64_t columns,
-                                 float* ADADFQ_RESTRICT lo, float* ADADFQ_RESTRICT hi,
-                                 int32_t* ADADFQ_RESTRICT nan) {
-  for (int64_t r = 0; r < rows; ++r, x += columns) {
-    for (int64_t i = 0; i < columns; ++i) {
-      const float v = to_float(x[i]);
-      lo[i] = v < lo[i] ? v : lo[i];
-      hi[i] = v > hi[i] ? v : hi[i];
-      nan[i] |= v != v;
+void quantize_channels(const DynamicTensor& t, int64_t begin, int64_t end) {
+  const Layout& layout = t.layout;
+  const T* x = static_cast<const T*>(t.x);
+  T* out = static_cast<T*>(t.out);
+  const int64_t stride = layout.channels * layout.inner;
+  for (int64_t c = begin; c < end; ++c) {
+    Range range;
+    for (int64_t o = 0; o < layout.outer; ++o) {
+      find_range(x + o * stride + c * layout.inner, layout.inner, range);
+    }
+    set_qparams(t, c, range);
+    const CodeBounds bounds = code_bounds(t.zero_point[c], max_code(static_cast<int>(t.bits)));
+    for (int64_t o = 0; o < layout.outer; ++o) {
+      const int64_t at = o * stride + c * layout.inner;
+      quantize_row(x + at, out + at, layout.inner, t.scale[c], bounds.lo, bounds.hi);
     }
   }
 }
 
-#define ADADFQ_DEFINE(T)                                                                          \
-  ADADFQ_CLONES void find_range(const T* x, int64_t n, Range& range) { row_range(x, n, range); }  \
-  ADADFQ_CLONES void find_ranges(const T* x, int64_t rows, int64_t columns, float* lo, float* hi, \
-                                 int32_t* nan) {                                                  \
-    column_ranges(x, rows, columns, lo, hi, nan);                                                 \
-  }
-
-}  // namespace
-
-ADADFQ_DEFINE(float)
-ADADFQ_DEFINE(BFloat16)
-ADADFQ_DEFINE(Float16)
-
-#undef ADADFQ_DEFINE
-
-namespace {
-
+// All channels of `tensors`, each by one thread; threads take equal numbers of elements, up to a
+// channel.
 template <typename T>
-void by_rows(const T* x, T* out, float* scale, int32_t* zero_point, const Layout& layout, int bits,
-             int threads) {
-  const int64_t stride = layout.channels * layout.inner;
-  const int32_t qmax = max_code(bits);
-  parallel_for(layout.channels, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      Range range;
-      for (int64_t o = 0; o < layout.outer; ++o) {
-        find_range(x + o * stride + c * layout.inner, layout.inner, range);
-      }
-      const QParams q = range.qparams(bits);
-      const CodeBounds bounds = code_bounds(q.zero_point, qmax);
-      scale[c] = q.scale;
-      zero_point[c] = q.zero_point;
-      for (int64_t o = 0; o < layout.outer; ++o) {
-        const int64_t at = o * stride + c * layout.inner;
-        quantize_row(x + at, out + at, layout.inner, q.scale, bounds.lo, bounds.hi);
-      }
+void by_channels(const std::vector<const DynamicTensor*>& tensors, int threads) {
+  int64_t total = 0;
+  for (const DynamicTensor* t : tensors) total += t->layout.elements();
+  parallel_for(total, useful_threads(total, threads), 1, [&](int64_t begin, int64_t end) {
+    int64_t start = 0;
+    for (const DynamicTensor* t : tensors) {
+      // A channel belongs to the thread whose part holds its first element.
+      const int64_t channels = t->layout.channels, length = t->layout.elements() / channels;
+      const int64_t first = (std::max<int64_t>(begin - start, 0) + length - 1) / length;
+      const int64_t last = (std::max<int64_t>(end - start, 0) + length - 1) / length;
+      quantize_channels<T>(*t, std::min(first, channels), std::min(last, channels));
+      start += t->layout.elements();
     }
   });
 }
 
 template <typename T>
-void qparams_by_columns(const T* x, float* scale, int32_t* zero_point, const Layout& layout,
-                        int bits, int threads) {
+void ranges_by_rows(const DynamicTensor& t, int threads) {
+  const T* x = static_cast<const T*>(t.x);
+  const int64_t inner = t.layout.inner, channels = t.layout.channels;
+  constexpr int64_t kPiece = 16384;
+  const int64_t pieces = (inner + kPiece - 1) / kPiece;
+  std::vector<Range> found(t.layout.outer * channels * pieces);
+  parallel_for(found.size(), threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i % pieces * kPiece;
+      find_range(x + i / pieces * inner + at, std::min(kPiece, inner - at), found[i]);
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    Range range;
+    for (int64_t o = 0; o < t.layout.outer; ++o) {
+      for (int64_t p = 0; p < pieces; ++p) range.join(found[(o * channels + c) * pieces + p]);
+    }
+    set_qparams(t, c, range);
+  }
+}
+
+template <typename T>
+void ranges_by_columns(const DynamicTensor& t, int threads) {
+  const T* x = static_cast<const T*>(t.x);
+  const Layout& layout = t.layout;
   const int64_t columns = layout.channels * layout.inner;
   const int64_t parts = std::min<int64_t>(threads, layout.outer);
   std::vector<float> lo(parts * columns, kInf), hi(parts * columns, -kInf);
@@ -134,30 +120,36 @@ void qparams_by_columns(const T* x, float* scale, int32_t* zero_point, const Lay
     for (int64_t p = 0; p < parts; ++p) {
       for (int64_t k = 0; k < layout.inner; ++k) {
         const int64_t i = p * columns + c * layout.inner + k;
-        range.join(lo[i], hi[i], nan[i]);
+        range.join({lo[i], hi[i], nan[i]});
       }
     }
-    const QParams q = range.qparams(bits);
-    scale[c] = q.scale;
-    zero_point[c] = q.zero_point;
+    set_qparams(t, c, range);
   }
 }
 
 }  // namespace
 
-void dynamic_fake_quantize(const void* x, void* out, float* scale, int32_t* zero_point,
-                           const Layout& layout, int bits, DType dtype, int threads) {
-  const int useful = useful_threads(layout.elements(), threads);
+void dynamic_fake_quantize(const DynamicTensor* tensors, int64_t count, DType dtype, int threads) {
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const T* from = static_cast<const T*>(x);
-    prefer_huge_pages(out, layout.elements() * sizeof(T));
-    if (layout.outer == 1 || layout.inner >= kRowElements) {
-      by_rows(from, static_cast<T*>(out), scale, zero_point, layout, bits, useful);
-    } else {
-      qparams_by_columns(from, scale, zero_point, layout, bits, useful);
-      fake_quantize(x, scale, zero_point, out, layout, bits, dtype, threads);
+    std::vector<const DynamicTensor*> whole;
+    for (const DynamicTensor* t = tensors; t != tensors + count; ++t) {
+      const Layout& layout = t->layout;
+      const int useful = useful_threads(layout.elements(), threads);
+      prefer_huge_pages(t->out, layout.elements() * sizeof(T));
+      if (rows_lie_together(layout) && layout.channels >= useful) {
+        whole.push_back(t);
+        continue;
+      }
+      if (rows_lie_together(layout)) {
+        ranges_by_rows<T>(*t, useful);
+      } else {
+        ranges_by_columns<T>(*t, useful);
+      }
+      fake_quantize(t->x, t->scale, t->zero_point, t->out, layout, static_cast<int>(t->bits), dtype,
+                    threads);
     }
+    by_channels<T>(whole, threads);
   });
 }
 

@@ -18,16 +18,16 @@
 namespace adadfq {
 namespace {
 
-// a: scale, b and c: smallest and largest x / scale that has a code.
-ChannelParams code_params(const float* scale, const int32_t* zero_point, int64_t channels,
-                          int bits) {
-  ChannelParams params(channels);
+// Scale, smallest and largest x / scale that has a code.
+ChannelParams<3> code_params(const float* scale, const int32_t* zero_point, int64_t channels,
+                             int bits) {
+  ChannelParams<3> params(channels);
   const int32_t qmax = max_code(bits);
   for (int64_t c = 0; c < channels; ++c) {
     const CodeBounds bounds = code_bounds(zero_point[c], qmax);
-    params.a[c] = scale[c];
-    params.b[c] = bounds.lo;
-    params.c[c] = bounds.hi;
+    params.each[0][c] = scale[c];
+    params.each[1][c] = bounds.lo;
+    params.each[2][c] = bounds.hi;
   }
   return params;
 }
@@ -36,7 +36,7 @@ ChannelParams code_params(const float* scale, const int32_t* zero_point, int64_t
 
 void fake_quantize(const void* x, const float* scale, const int32_t* zero_point, void* out,
                    const Layout& layout, int bits, DType dtype, int threads) {
-  const ChannelParams params = code_params(scale, zero_point, layout.channels, bits);
+  const ChannelParams<3> params = code_params(scale, zero_point, layout.channels, bits);
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* from = static_cast<const T*>(x);
@@ -44,11 +44,11 @@ void fake_quantize(const void* x, const float* scale, const int32_t* zero_point,
     prefer_huge_pages(out, layout.elements() * sizeof(T));
     for_each_segment(
         layout, params, threads,
-        [=](int64_t i, int64_t n, float s, float lo, float hi) {
-          quantize_row(from + i, to + i, n, s, lo, hi);
+        [=](int64_t i, int64_t n, const auto& p) {
+          quantize_row(from + i, to + i, n, p[0], p[1], p[2]);
         },
-        [=](int64_t i, int64_t n, const float* s, const float* lo, const float* hi) {
-          quantize_pattern(from + i, to + i, n, s, lo, hi);
+        [=](int64_t i, int64_t n, const auto& p) {
+          quantize_pattern(from + i, to + i, n, p[0], p[1], p[2]);
         });
   });
 }
@@ -56,7 +56,7 @@ void fake_quantize(const void* x, const float* scale, const int32_t* zero_point,
 void fake_quantize_backward(const void* grad, const void* x, const float* scale,
                             const int32_t* zero_point, void* out, const Layout& layout, int bits,
                             DType dtype, int threads) {
-  const ChannelParams params = code_params(scale, zero_point, layout.channels, bits);
+  const ChannelParams<3> params = code_params(scale, zero_point, layout.channels, bits);
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* upstream = static_cast<const T*>(grad);
@@ -65,11 +65,11 @@ void fake_quantize_backward(const void* grad, const void* x, const float* scale,
     prefer_huge_pages(out, layout.elements() * sizeof(T));
     for_each_segment(
         layout, params, threads,
-        [=](int64_t i, int64_t n, float s, float lo, float hi) {
-          clip_row(upstream + i, from + i, to + i, n, s, lo, hi);
+        [=](int64_t i, int64_t n, const auto& p) {
+          clip_row(upstream + i, from + i, to + i, n, p[0], p[1], p[2]);
         },
-        [=](int64_t i, int64_t n, const float* s, const float* lo, const float* hi) {
-          clip_pattern(upstream + i, from + i, to + i, n, s, lo, hi);
+        [=](int64_t i, int64_t n, const auto& p) {
+          clip_pattern(upstream + i, from + i, to + i, n, p[0], p[1], p[2]);
         });
   });
 }

@@ -9,7 +9,8 @@
 
 namespace adadfq {
 
-// x, out: layout.elements() values of `dtype`; scale, zero_point: layout.channels values.
+// x, out: layout.elements() values of `dtype`, may be the same memory; scale, zero_point:
+// layout.channels values.
 void fake_quantize(const void* x, const float* scale, const int32_t* zero_point, void* out,
                    const Layout& layout, int bits, DType dtype, int threads);
 

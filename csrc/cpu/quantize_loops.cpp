@@ -17,10 +17,11 @@
 namespace adadfq {
 namespace {
 
-// Params is float (one channel) or const float* (a pattern).
+// Params is float (one channel) or const float* (a pattern). `out` may be `x` itself: the pragma
+// says that no element depends on another, which a restrict qualifier would not allow.
 template <typename T, typename Params>
-ADADFQ_INLINE void quantize(const T* ADADFQ_RESTRICT x, T* ADADFQ_RESTRICT out, int64_t n,
-                            Params scale, Params lo, Params hi) {
+ADADFQ_INLINE void quantize(const T* x, T* out, int64_t n, Params scale, Params lo, Params hi) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     out[i] = from_float<T>(fake_quantize_value(to_float(x[i]), at(scale, i), at(lo, i), at(hi, i)));
   }

@@ -8,7 +8,7 @@
 
 namespace adadfq {
 
-// One channel: every element has the same scale and code bounds.
+// One channel: every element has the same scale and code bounds. `out` may be `x`.
 void quantize_row(const float* x, float* out, int64_t n, float scale, float lo, float hi);
 void quantize_row(const BFloat16* x, BFloat16* out, int64_t n, float scale, float lo, float hi);
 void quantize_row(const Float16* x, Float16* out, int64_t n, float scale, float lo, float hi);

@@ -1,0 +1,295 @@
+// Per-channel affine map, residual, activation and per-tensor fake quantisation in one pass.
+//
+//   u     = x scale_c + shift_c + residual
+//   x_hat = fake_quantize(act(u))                     act: none, relu, relu6
+//   du    = grad where act is not flat at u, else 0   (straight through the quantiser)
+//   grad_x = du scale_c      grad_residual = du
+//   grad_scale_c = sum du x  grad_shift_c = sum du
+//
+// The backward computes u again instead of reading a mask. Sums are in float over a piece or a tile
+// that fits the cache, in double beyond (channel_sums.h).
+//
+// Bytes an element, float32: 8 forward, 12 with a residual; backward 12 (grad, x, grad_x), 20 with
+// a residual and its gradient. 16-bit types half of that.
+//
+// Test: python -m pytest tests/test_native_cpu.py -k affine
+// Time: python -m benchmarks ops --ops affine_act_fake_quantize
+#include "affine_act_fake_quantize.h"
+
+#include <limits>
+#include <vector>
+
+#include "../common/quantizer.h"
+#include "channel_sums.h"
+#include "dispatch_dtype.h"
+#include "huge_pages.h"
+#include "target_clones.h"
+
+namespace adadfq {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// What follows the affine map: a clamp, and the quantiser's scale and code bounds.
+struct Tail {
+  float act_lo, act_hi;
+  float scale, code_lo, code_hi;
+};
+
+Tail tail_of(Act act, const float* scale, const int32_t* zero_point, int bits) {
+  const CodeBounds bounds =
+      scale ? code_bounds(*zero_point, max_code(bits)) : CodeBounds{0.0f, 0.0f};
+  return {act == Act::kNone ? -kInf : 0.0f, act == Act::kRelu6 ? 6.0f : kInf, scale ? *scale : 1.0f,
+          bounds.lo, bounds.hi};
+}
+
+// The activation is flat at u <= lo and at u >= hi; NaN: nowhere on that side.
+struct Flat {
+  float lo, hi;
+};
+
+Flat flat_of(Act act) {
+  return {act == Act::kNone ? kNaN : 0.0f, act == Act::kRelu6 ? 6.0f : kNaN};
+}
+
+template <bool kResidual, bool kQuantise, typename T, typename Params>
+ADADFQ_INLINE void apply(const T* ADADFQ_RESTRICT x, const T* ADADFQ_RESTRICT residual,
+                         T* ADADFQ_RESTRICT out, int64_t n, Params scale, Params shift,
+                         const Tail& tail) {
+  const Tail t = tail;
+  for (int64_t i = 0; i < n; ++i) {
+    float u = to_float(x[i]) * at(scale, i) + at(shift, i);
+    if (kResidual) u += to_float(residual[i]);
+    u = clamp_keep_nan(u, t.act_lo, t.act_hi);
+    if (kQuantise) u = fake_quantize_value(u, t.scale, t.code_lo, t.code_hi);
+    out[i] = from_float<T>(u);
+  }
+}
+
+template <typename T, typename Params>
+ADADFQ_INLINE void apply_any(const T* x, const T* residual, T* out, int64_t n, Params scale,
+                             Params shift, const Tail& tail, bool quantise) {
+  if (residual && quantise) {
+    apply<true, true>(x, residual, out, n, scale, shift, tail);
+  } else if (residual) {
+    apply<true, false>(x, residual, out, n, scale, shift, tail);
+  } else if (quantise) {
+    apply<false, true>(x, residual, out, n, scale, shift, tail);
+  } else {
+    apply<false, false>(x, residual, out, n, scale, shift, tail);
+  }
+}
+
+template <typename T>
+struct Gradients {
+  const T* grad;
+  const T* x;
+  const T* residual;
+  T* grad_x;
+  T* grad_residual;
+  const float* scale;  // one a channel, or a column
+  const float* shift;
+  Flat flat;
+};
+
+// du of element i, its share of grad_x written.
+template <bool kResidual, bool kWriteResidual, typename T, typename Params>
+ADADFQ_INLINE float gradient_at(const T* ADADFQ_RESTRICT grad, const T* ADADFQ_RESTRICT x,
+                                const T* ADADFQ_RESTRICT residual, T* ADADFQ_RESTRICT grad_x,
+                                T* ADADFQ_RESTRICT grad_residual, int64_t i, Params scale,
+                                Params shift, Flat flat) {
+  float u = to_float(x[i]) * at(scale, i) + at(shift, i);
+  if (kResidual) u += to_float(residual[i]);
+  const float du = (u <= flat.lo) | (u >= flat.hi) ? 0.0f : to_float(grad[i]);
+  grad_x[i] = from_float<T>(du * at(scale, i));
+  if (kWriteResidual) grad_residual[i] = from_float<T>(du);
+  return du;
+}
+
+template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
+ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n, int64_t c,
+                                 double* sum_x, double* sum) {
+  const T* ADADFQ_RESTRICT grad = g.grad + begin;
+  const T* ADADFQ_RESTRICT x = g.x + begin;
+  const T* ADADFQ_RESTRICT residual = kResidual ? g.residual + begin : nullptr;
+  T* ADADFQ_RESTRICT grad_x = g.grad_x + begin;
+  T* ADADFQ_RESTRICT grad_residual = kWriteResidual ? g.grad_residual + begin : nullptr;
+  const float scale = g.scale[c], shift = g.shift[c];
+  const Flat flat = g.flat;
+  if (!kSums) {
+    for (int64_t i = 0; i < n; ++i) {
+      gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x, grad_residual, i, scale,
+                                             shift, flat);
+    }
+    return;
+  }
+  float first[kLanes] = {0}, second[kLanes] = {0};
+  for_lanes(n, [&](int64_t i, int j) ADADFQ_INLINE_LAMBDA {
+    const float du = gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x,
+                                                            grad_residual, i, scale, shift, flat);
+    first[j] += du * to_float(x[i]);
+    second[j] += du;
+  });
+  sum_x[c] += static_cast<double>(sum_lanes(first));
+  sum[c] += static_cast<double>(sum_lanes(second));
+}
+
+// The same for `columns` columns side by side; scratch: 2 * columns values.
+template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
+ADADFQ_INLINE void tile_gradients(const Gradients<T>& g, int64_t begin, int64_t rows,
+                                  int64_t columns, double* ADADFQ_RESTRICT sum_x,
+                                  double* ADADFQ_RESTRICT sum, float* ADADFQ_RESTRICT scratch) {
+  float* ADADFQ_RESTRICT first = scratch;
+  float* ADADFQ_RESTRICT second = scratch + columns;
+  const float* ADADFQ_RESTRICT scale = g.scale;
+  const float* ADADFQ_RESTRICT shift = g.shift;
+  const Flat flat = g.flat;
+  for (int64_t i = 0; i < 2 * columns; ++i) scratch[i] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = begin + r * columns;
+    const T* ADADFQ_RESTRICT grad = g.grad + row;
+    const T* ADADFQ_RESTRICT x = g.x + row;
+    const T* ADADFQ_RESTRICT residual = kResidual ? g.residual + row : nullptr;
+    T* ADADFQ_RESTRICT grad_x = g.grad_x + row;
+    T* ADADFQ_RESTRICT grad_residual = kWriteResidual ? g.grad_residual + row : nullptr;
+    for (int64_t i = 0; i < columns; ++i) {
+      const float du = gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x,
+                                                              grad_residual, i, scale, shift, flat);
+      if (kSums) {
+        first[i] += du * to_float(x[i]);
+        second[i] += du;
+      }
+    }
+  }
+  for (int64_t i = 0; kSums && i < columns; ++i) {
+    sum_x[i] += static_cast<double>(first[i]);
+    sum[i] += static_cast<double>(second[i]);
+  }
+}
+
+template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
+ADADFQ_INLINE void gradients(const ChannelWalk& walk, const Gradients<T>& g, int64_t first,
+                             int64_t last, double* sum_x, double* sum, float* scratch) {
+  if (walk.by_rows) {
+    walk_rows(walk, first, last, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
+      row_gradients<kResidual, kWriteResidual, kSums>(g, begin, n, c, sum_x, sum);
+    });
+  } else {
+    walk_tiles(walk, first, last, [&](int64_t begin, int64_t rows) ADADFQ_INLINE_LAMBDA {
+      tile_gradients<kResidual, kWriteResidual, kSums>(g, begin, rows, walk.columns(), sum_x, sum,
+                                                       scratch);
+    });
+  }
+}
+
+template <bool kSums, typename T>
+ADADFQ_INLINE void gradients_any(const ChannelWalk& walk, const Gradients<T>& g, int64_t first,
+                                 int64_t last, double* sum_x, double* sum, float* scratch) {
+  if (g.residual && g.grad_residual) {
+    gradients<true, true, kSums>(walk, g, first, last, sum_x, sum, scratch);
+  } else if (g.residual) {
+    gradients<true, false, kSums>(walk, g, first, last, sum_x, sum, scratch);
+  } else if (g.grad_residual) {
+    gradients<false, true, kSums>(walk, g, first, last, sum_x, sum, scratch);
+  } else {
+    gradients<false, false, kSums>(walk, g, first, last, sum_x, sum, scratch);
+  }
+}
+
+}  // namespace
+
+#define ADADFQ_DEFINE(T)                                                                      \
+  ADADFQ_CLONES void apply_row(const T* x, const T* residual, T* out, int64_t n, float scale, \
+                               float shift, const Tail& tail, bool quantise) {                \
+    apply_any(x, residual, out, n, scale, shift, tail, quantise);                             \
+  }                                                                                           \
+  ADADFQ_CLONES void apply_pattern(const T* x, const T* residual, T* out, int64_t n,          \
+                                   const float* scale, const float* shift, const Tail& tail,  \
+                                   bool quantise) {                                           \
+    apply_any(x, residual, out, n, scale, shift, tail, quantise);                             \
+  }                                                                                           \
+  ADADFQ_CLONES void gradients_chunk(const ChannelWalk& walk, const Gradients<T>& g,          \
+                                     int64_t first, int64_t last, double* sum_x, double* sum, \
+                                     float* scratch) {                                        \
+    gradients_any<true>(walk, g, first, last, sum_x, sum, scratch);                           \
+  }                                                                                           \
+  ADADFQ_CLONES void gradients_without_sums(const ChannelWalk& walk, const Gradients<T>& g,   \
+                                            int64_t first, int64_t last, float* scratch) {    \
+    gradients_any<false>(walk, g, first, last, nullptr, nullptr, scratch);                    \
+  }
+
+ADADFQ_DEFINE(float)
+ADADFQ_DEFINE(BFloat16)
+ADADFQ_DEFINE(Float16)
+
+#undef ADADFQ_DEFINE
+
+void affine_act_fake_quantize(const void* x, const float* scale, const float* shift,
+                              const void* residual, Act act, const float* act_scale,
+                              const int32_t* act_zero_point, int bits, void* out,
+                              const Layout& layout, DType dtype, int threads) {
+  ChannelParams<2> params(0);
+  params.each[0].assign(scale, scale + layout.channels);
+  params.each[1].assign(shift, shift + layout.channels);
+  const Tail tail = tail_of(act, act_scale, act_zero_point, bits);
+  const bool quantise = act_scale != nullptr;
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = static_cast<const T*>(x);
+    const T* added = static_cast<const T*>(residual);
+    T* to = static_cast<T*>(out);
+    prefer_huge_pages(out, layout.elements() * sizeof(T));
+    for_each_segment(
+        layout, params, threads,
+        [&](int64_t i, int64_t n, const auto& p) {
+          apply_row(from + i, added ? added + i : nullptr, to + i, n, p[0], p[1], tail, quantise);
+        },
+        [&](int64_t i, int64_t n, const auto& p) {
+          apply_pattern(from + i, added ? added + i : nullptr, to + i, n, p[0], p[1], tail,
+                        quantise);
+        });
+  });
+}
+
+void affine_act_fake_quantize_backward(const void* grad, const void* x, const float* scale,
+                                       const float* shift, const void* residual, Act act,
+                                       void* grad_x, void* grad_residual, float* grad_scale,
+                                       float* grad_shift, const Layout& layout, DType dtype,
+                                       int threads) {
+  const ChannelWalk walk(layout);
+  const std::vector<float> scales = spread(walk, scale), shifts = spread(walk, shift);
+  const auto scratch = [&] { return std::vector<float>(walk.by_rows ? 0 : 2 * walk.columns()); };
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    prefer_huge_pages(grad_x, layout.elements() * sizeof(T));
+    if (grad_residual) prefer_huge_pages(grad_residual, layout.elements() * sizeof(T));
+    const Gradients<T> g{static_cast<const T*>(grad),
+                         static_cast<const T*>(x),
+                         static_cast<const T*>(residual),
+                         static_cast<T*>(grad_x),
+                         static_cast<T*>(grad_residual),
+                         scales.data(),
+                         shifts.data(),
+                         flat_of(act)};
+    if (!grad_scale) {
+      parallel_for(walk.units, useful_threads(layout.elements(), threads), 1,
+                   [&](int64_t first, int64_t last) {
+                     std::vector<float> unused = scratch();
+                     gradients_without_sums(walk, g, first, last, unused.data());
+                   });
+      return;
+    }
+    std::vector<double> sum_x, sum;
+    channel_sums(walk, threads, sum_x, sum, [&](int64_t first, int64_t last, double* a, double* b) {
+      std::vector<float> lanes = scratch();
+      gradients_chunk(walk, g, first, last, a, b, lanes.data());
+    });
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      grad_scale[c] = static_cast<float>(sum_x[c]);
+      grad_shift[c] = static_cast<float>(sum[c]);
+    }
+  });
+}
+
+}  // namespace adadfq
