@@ -58,6 +58,7 @@ ADADFQ_INLINE void apply(const T* ADADFQ_RESTRICT x, const T* ADADFQ_RESTRICT re
                          T* ADADFQ_RESTRICT out, int64_t n, Params scale, Params shift,
                          const Tail& tail) {
   const Tail t = tail;
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     float u = to_float(x[i]) * at(scale, i) + at(shift, i);
     if (kResidual) u += to_float(residual[i]);
@@ -109,7 +110,7 @@ ADADFQ_INLINE float gradient_at(const T* ADADFQ_RESTRICT grad, const T* ADADFQ_R
 
 template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
 ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n, int64_t c,
-                                 double* sum_x, double* sum) {
+                                 double* sum_x, double* sum, float* ADADFQ_RESTRICT lanes) {
   const T* ADADFQ_RESTRICT grad = g.grad + begin;
   const T* ADADFQ_RESTRICT x = g.x + begin;
   const T* ADADFQ_RESTRICT residual = kResidual ? g.residual + begin : nullptr;
@@ -118,21 +119,22 @@ ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n
   const float scale = g.scale[c], shift = g.shift[c];
   const Flat flat = g.flat;
   if (!kSums) {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x, grad_residual, i, scale,
                                              shift, flat);
     }
     return;
   }
-  float first[kLanes] = {0}, second[kLanes] = {0};
-  for_lanes(n, [&](int64_t i, int j) ADADFQ_INLINE_LAMBDA {
+  const auto value = [&](int64_t i) ADADFQ_INLINE_LAMBDA {
     const float du = gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x,
                                                             grad_residual, i, scale, shift, flat);
-    first[j] += du * to_float(x[i]);
-    second[j] += du;
-  });
-  sum_x[c] += static_cast<double>(sum_lanes(first));
-  sum[c] += static_cast<double>(sum_lanes(second));
+    return Two{du * to_float(x[i]), du};
+  };
+  if (lanes) return add_short_row(n, lanes, value);
+  const Two found = sum_of_row(n, value);
+  sum_x[c] += static_cast<double>(found.first);
+  sum[c] += static_cast<double>(found.second);
 }
 
 // The same for `columns` columns side by side; scratch: 2 * columns values.
@@ -153,6 +155,7 @@ ADADFQ_INLINE void tile_gradients(const Gradients<T>& g, int64_t begin, int64_t 
     const T* ADADFQ_RESTRICT residual = kResidual ? g.residual + row : nullptr;
     T* ADADFQ_RESTRICT grad_x = g.grad_x + row;
     T* ADADFQ_RESTRICT grad_residual = kWriteResidual ? g.grad_residual + row : nullptr;
+#pragma omp simd
     for (int64_t i = 0; i < columns; ++i) {
       const float du = gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x,
                                                               grad_residual, i, scale, shift, flat);
@@ -173,8 +176,14 @@ ADADFQ_INLINE void gradients(const ChannelWalk& walk, const Gradients<T>& g, int
                              int64_t last, double* sum_x, double* sum, float* scratch) {
   if (walk.by_rows) {
     walk_rows(walk, first, last, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
-      row_gradients<kResidual, kWriteResidual, kSums>(g, begin, n, c, sum_x, sum);
+      float* lanes = kSums && walk.short_rows ? scratch + 2 * kShortLanes * c : nullptr;
+      row_gradients<kResidual, kWriteResidual, kSums>(g, begin, n, c, sum_x, sum, lanes);
     });
+    for (int64_t c = 0; kSums && walk.short_rows && c < walk.layout.channels; ++c) {
+      float* lanes = scratch + 2 * kShortLanes * c;
+      sum_x[c] += static_cast<double>(sum_short_lanes(lanes));
+      sum[c] += static_cast<double>(sum_short_lanes(lanes + kShortLanes));
+    }
   } else {
     walk_tiles(walk, first, last, [&](int64_t begin, int64_t rows) ADADFQ_INLINE_LAMBDA {
       tile_gradients<kResidual, kWriteResidual, kSums>(g, begin, rows, walk.columns(), sum_x, sum,
@@ -259,7 +268,6 @@ void affine_act_fake_quantize_backward(const void* grad, const void* x, const fl
                                        int threads) {
   const ChannelWalk walk(layout);
   const std::vector<float> scales = spread(walk, scale), shifts = spread(walk, shift);
-  const auto scratch = [&] { return std::vector<float>(walk.by_rows ? 0 : 2 * walk.columns()); };
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     prefer_huge_pages(grad_x, layout.elements() * sizeof(T));
@@ -275,14 +283,14 @@ void affine_act_fake_quantize_backward(const void* grad, const void* x, const fl
     if (!grad_scale) {
       parallel_for(walk.units, useful_threads(layout.elements(), threads), 1,
                    [&](int64_t first, int64_t last) {
-                     std::vector<float> unused = scratch();
+                     std::vector<float> unused(walk.scratch());
                      gradients_without_sums(walk, g, first, last, unused.data());
                    });
       return;
     }
     std::vector<double> sum_x, sum;
     channel_sums(walk, threads, sum_x, sum, [&](int64_t first, int64_t last, double* a, double* b) {
-      std::vector<float> lanes = scratch();
+      std::vector<float> lanes(walk.scratch());
       gradients_chunk(walk, g, first, last, a, b, lanes.data());
     });
     for (int64_t c = 0; c < layout.channels; ++c) {

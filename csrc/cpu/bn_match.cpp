@@ -8,15 +8,13 @@
 //            + dL/dloss 2 / (C n) [(mean_c - running_mean_c) + 2 (var_c - running_var_c) (x -
 //            mean_c)]
 //
-// Of each piece of a channel that fits the cache the mean m is taken, then sum (x - m) and sum
-// (x - m)^2 in float, which cancels nothing however large the mean; these go, in double, to the
-// sums about a value p_c of the channel:
-//   sum (x - p)   = sum (x - m) + n_i (m - p)
-//   sum (x - p)^2 = sum (x - m)^2 + 2 (m - p) sum (x - m) + n_i (m - p)^2
-// A piece with NaN, infinities or squares beyond float is summed again in double.
+// Sums are taken about a value p_c near the channel's mean (the mean of its first elements), so
+// that a large mean cancels nothing: mean = p + sum (x - p) / n, var = sum (x - p)^2 / n - (mean -
+// p)^2. They are in float over a piece of a row or a tile that fits the cache, in double beyond. A
+// piece with NaN, infinities or squares beyond float is summed again in double, and where some p_c
+// turns out to be far from the mean, all is summed again about the means found.
 //
-// Bytes an element, float32: 4 for the statistics, 8 with y; backward 8, 12 with dL/dy. The second
-// look at a piece comes from the cache.
+// Bytes an element, float32: 4 for the statistics, 8 with y; backward 8, 12 with dL/dy.
 //
 // Test: python -m pytest tests/test_native_cpu.py -k bn_match
 // Time: python -m benchmarks ops --ops bn_match,bn_match_forward
@@ -48,6 +46,7 @@ struct Task {
 template <typename T, typename Params>
 ADADFQ_INLINE void normalise(const T* ADADFQ_RESTRICT x, T* ADADFQ_RESTRICT y, int64_t n,
                              Params running_mean, Params slope, Params bias) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     y[i] = from_float<T>((to_float(x[i]) - at(running_mean, i)) * at(slope, i) + at(bias, i));
   }
@@ -64,57 +63,63 @@ void add_in_double(const T* x, int64_t n, int64_t stride, float pivot, double* s
   }
 }
 
-// Adds sums about `mean` to sums about `pivot`; false, having added nothing, where they are not
-// finite.
-ADADFQ_INLINE bool add_about(float mean, float offsets, float squares, int64_t n, float pivot,
-                             double* sum, double* sum_squares) {
-  if (!(squares <= FLT_MAX)) return false;
-  const double count = static_cast<double>(n), first = static_cast<double>(offsets);
-  const double shift = static_cast<double>(mean) - static_cast<double>(pivot);
-  *sum += first + count * shift;
-  *sum_squares += static_cast<double>(squares) + 2.0 * shift * first + count * shift * shift;
-  return true;
-}
-
+// Adds the sums of a row, or of a piece of one; lanes: those of its channel where rows are short.
 template <typename T>
 ADADFQ_INLINE void row_statistics(const T* ADADFQ_RESTRICT x, int64_t n, float pivot, double* sum,
-                                  double* squares) {
-  float total[kLanes] = {0}, first[kLanes] = {0}, second[kLanes] = {0};
-  for_lanes(n, [&](int64_t i, int j) ADADFQ_INLINE_LAMBDA { total[j] += to_float(x[i]); });
-  const float mean = sum_lanes(total) / static_cast<float>(n);
-  for_lanes(n, [&](int64_t i, int j) ADADFQ_INLINE_LAMBDA {
-    const float d = to_float(x[i]) - mean;
-    first[j] += d;
-    second[j] += d * d;
-  });
-  if (!add_about(mean, sum_lanes(first), sum_lanes(second), n, pivot, sum, squares)) {
-    add_in_double(x, n, 1, pivot, sum, squares);
+                                  double* squares, float* lanes) {
+  const auto value = [&](int64_t i) ADADFQ_INLINE_LAMBDA {
+    const float d = to_float(x[i]) - pivot;
+    return Two{d, d * d};
+  };
+  if (lanes) return add_short_row(n, lanes, value);
+  const Two found = sum_of_row(n, value);
+  if (!(found.second <= FLT_MAX)) return add_in_double(x, n, 1, pivot, sum, squares);
+  *sum += static_cast<double>(found.first);
+  *squares += static_cast<double>(found.second);
+}
+
+// The lanes of every channel go to its sums; rows [first, last).
+template <typename T>
+ADADFQ_INLINE void end_short_rows(const ChannelWalk& walk, const Task<T>& task, int64_t first,
+                                  int64_t last, double* sum, double* squares, float* lanes) {
+  const int64_t channels = walk.layout.channels, inner = walk.layout.inner;
+  for (int64_t c = 0; c < channels; ++c, lanes += 2 * kShortLanes) {
+    const float found = sum_short_lanes(lanes + kShortLanes);
+    if (found <= FLT_MAX) {
+      sum[c] += static_cast<double>(sum_short_lanes(lanes));
+      squares[c] += static_cast<double>(found);
+      continue;
+    }
+    for (int64_t line = first; line < last; ++line) {
+      if (line % channels == c) {
+        add_in_double(task.x + line * inner, inner, 1, task.pivot[c], sum + c, squares + c);
+      }
+    }
   }
 }
 
-// The same for `columns` columns side by side; scratch: 3 * columns values.
+// The same for `columns` columns side by side; scratch: 2 * columns values.
 template <typename T>
 ADADFQ_INLINE void tile_statistics(const T* ADADFQ_RESTRICT x, int64_t rows, int64_t columns,
                                    const float* ADADFQ_RESTRICT pivot, double* ADADFQ_RESTRICT sum,
                                    double* ADADFQ_RESTRICT squares,
                                    float* ADADFQ_RESTRICT scratch) {
-  float* ADADFQ_RESTRICT mean = scratch;
-  float* ADADFQ_RESTRICT first = scratch + columns;
-  float* ADADFQ_RESTRICT second = scratch + 2 * columns;
-  for (int64_t i = 0; i < 3 * columns; ++i) scratch[i] = 0;
+  float* ADADFQ_RESTRICT first = scratch;
+  float* ADADFQ_RESTRICT second = scratch + columns;
+  for (int64_t i = 0; i < 2 * columns; ++i) scratch[i] = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < columns; ++i) mean[i] += to_float(x[r * columns + i]);
-  }
-  for (int64_t i = 0; i < columns; ++i) mean[i] /= static_cast<float>(rows);
-  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
     for (int64_t i = 0; i < columns; ++i) {
-      const float d = to_float(x[r * columns + i]) - mean[i];
+      const float d = to_float(x[r * columns + i]) - pivot[i];
       first[i] += d;
       second[i] += d * d;
     }
   }
   for (int64_t i = 0; i < columns; ++i) {
-    if (!add_about(mean[i], first[i], second[i], rows, pivot[i], sum + i, squares + i)) {
+    if (second[i] <= FLT_MAX) {
+      sum[i] += static_cast<double>(first[i]);
+      squares[i] += static_cast<double>(second[i]);
+    } else {
       add_in_double(x + i, rows, columns, pivot[i], sum + i, squares + i);
     }
   }
@@ -125,12 +130,14 @@ ADADFQ_INLINE void statistics(const ChannelWalk& walk, const Task<T>& task, int6
                               int64_t last, double* sum, double* squares, float* scratch) {
   if (walk.by_rows) {
     walk_rows(walk, first, last, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
-      row_statistics(task.x + begin, n, task.pivot[c], sum + c, squares + c);
+      float* lanes = walk.short_rows ? scratch + 2 * kShortLanes * c : nullptr;
+      row_statistics(task.x + begin, n, task.pivot[c], sum + c, squares + c, lanes);
       if (task.y) {
         normalise(task.x + begin, task.y + begin, n, task.running_mean[c], task.slope[c],
                   task.bias[c]);
       }
     });
+    if (walk.short_rows) end_short_rows(walk, task, first, last, sum, squares, scratch);
     return;
   }
   const int64_t columns = walk.columns();
@@ -147,6 +154,7 @@ ADADFQ_INLINE void statistics(const ChannelWalk& walk, const Task<T>& task, int6
 template <typename T, typename Params>
 ADADFQ_INLINE void gradient(const T* ADADFQ_RESTRICT x, T* ADADFQ_RESTRICT out, int64_t n,
                             Params shift, Params slope, Params mean) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     out[i] = from_float<T>(at(shift, i) + at(slope, i) * (to_float(x[i]) - at(mean, i)));
   }
@@ -156,6 +164,7 @@ template <typename T, typename Params>
 ADADFQ_INLINE void gradient_of_both(const T* ADADFQ_RESTRICT grad, const T* ADADFQ_RESTRICT x,
                                     T* ADADFQ_RESTRICT out, int64_t n, Params shift, Params slope,
                                     Params mean, Params factor) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float matched = at(shift, i) + at(slope, i) * (to_float(x[i]) - at(mean, i));
     out[i] = from_float<T>(to_float(grad[i]) * at(factor, i) + matched);
@@ -202,23 +211,38 @@ float batch_norm_slope(const BatchNorm& norm, int64_t c) {
   return static_cast<float>(weight * slope);
 }
 
-// A value of every channel to take sums about. Any will do; one that is not finite would turn every
-// sum to NaN.
+// Rounded to T, so that the difference from a value of T is exact or nearly so; finite.
 template <typename T>
-std::vector<float> first_values(const T* x, const Layout& layout) {
-  std::vector<float> values(layout.channels);
-  for (int64_t c = 0; c < layout.channels; ++c) {
-    const float value = to_float(x[c * layout.inner]);
-    values[c] = std::fabs(value) <= FLT_MAX ? value : 0.0f;
-  }
-  return values;
+float as_pivot(double mean) {
+  const float rounded = to_float(from_float<T>(static_cast<float>(mean)));
+  return std::fabs(rounded) <= FLT_MAX ? rounded : 0.0f;
 }
 
+// A value near the mean of every channel, from a few of its elements.
 template <typename T>
-void channel_moments(const T* x, T* y, const BatchNorm& norm, double* mean, double* var,
-                     const Layout& layout, int threads) {
+std::vector<float> guess_means(const T* x, const Layout& layout) {
+  const int64_t rows = layout.inner < kRowElements ? std::min<int64_t>(layout.outer, 16) : 1;
+  const int64_t length = std::min<int64_t>(layout.inner, 64);
+  std::vector<double> sums(layout.channels);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      const T* row = x + (r * layout.channels + c) * layout.inner;
+      for (int64_t i = 0; i < length; ++i) sums[c] += static_cast<double>(to_float(row[i]));
+    }
+  }
+  std::vector<float> means(layout.channels);
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    means[c] = as_pivot<T>(sums[c] / static_cast<double>(rows * length));
+  }
+  return means;
+}
+
+// Mean and biased variance about `pivot`, and y if it is not null; false where some pivot was so
+// far from its mean that the variance lost digits.
+template <typename T>
+bool moments_about(const std::vector<float>& pivot, const T* x, T* y, const BatchNorm& norm,
+                   double* mean, double* var, const Layout& layout, int threads) {
   const ChannelWalk walk(layout);
-  const std::vector<float> pivot = first_values(x, layout);
   std::vector<float> running_mean(layout.channels), slope(layout.channels), bias(layout.channels);
   for (int64_t c = 0; y && c < layout.channels; ++c) {
     running_mean[c] = norm.running_mean[c];
@@ -231,15 +255,27 @@ void channel_moments(const T* x, T* y, const BatchNorm& norm, double* mean, doub
   const Task<T> task{x, y, pivots.data(), means.data(), slopes.data(), biases.data()};
   std::vector<double> sum, squares;
   channel_sums(walk, threads, sum, squares, [&](int64_t first, int64_t last, double* a, double* b) {
-    std::vector<float> scratch(walk.by_rows ? 0 : 3 * walk.columns());
+    std::vector<float> scratch(walk.scratch());
     statistics_chunk(walk, task, first, last, a, b, scratch.data());
   });
   const double count = static_cast<double>(layout.outer * layout.inner);
+  bool near = true;
   for (int64_t c = 0; c < layout.channels; ++c) {
     const double offset = sum[c] / count, variance = squares[c] / count - offset * offset;
     mean[c] = static_cast<double>(pivot[c]) + offset;
     var[c] = variance < 0 ? 0 : variance;
+    near &= !(offset * offset > 64 * var[c]);
   }
+  return near;
+}
+
+template <typename T>
+void channel_moments(const T* x, T* y, const BatchNorm& norm, double* mean, double* var,
+                     const Layout& layout, int threads) {
+  if (moments_about(guess_means(x, layout), x, y, norm, mean, var, layout, threads)) return;
+  std::vector<float> means(layout.channels);
+  for (int64_t c = 0; c < layout.channels; ++c) means[c] = as_pivot<T>(mean[c]);
+  moments_about<T>(means, x, nullptr, norm, mean, var, layout, threads);
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 // Within a chunk, where neighbouring elements belong to one channel, the walk goes row piece by row
 // piece; where the channel changes from element to element (channels_last, [N, C]), tile by tile of
 // whole rows of columns. Pieces and tiles fit the cache and are short enough for sums in float.
+// Rows too short to be worth a sum of their own (7x7, 14x14) share lanes over all rows of their
+// channel in the chunk.
 #ifndef ADADFQ_CPU_CHANNEL_SUMS_H_
 #define ADADFQ_CPU_CHANNEL_SUMS_H_
 
@@ -21,9 +23,15 @@ namespace adadfq {
 
 constexpr int64_t kPieceElements = 4096;  // of a row: 16 KiB as float32, half an L1 cache
 constexpr int64_t kTileElements = 32768;  // of columns: 128 KiB as float32, within an L2 cache
-constexpr int64_t kTileRows = 256;
+constexpr int64_t kTileRows = 64;
+constexpr int64_t kShortRow = 512;
 constexpr int64_t kChunkElements = 32768;
 constexpr int64_t kMostChunks = 256;
+
+// Sums in float are kept in this many lanes, whatever the width of a vector register, so that every
+// machine adds in the same order.
+constexpr int kLanes = 32;
+constexpr int kShortLanes = 16;
 
 struct ChannelWalk {
   explicit ChannelWalk(const Layout& tensor) : layout(tensor) {
@@ -31,18 +39,27 @@ struct ChannelWalk {
     pieces = by_rows ? (layout.inner + kPieceElements - 1) / kPieceElements : 1;
     units = by_rows ? layout.outer * layout.channels * pieces : layout.outer;
     tile_rows = std::min(kTileRows, std::max<int64_t>(16, kTileElements / columns()));
-    const int64_t elements = std::max(
-        {kChunkElements, 64 * width(), (layout.elements() + kMostChunks - 1) / kMostChunks});
+    short_rows = by_rows && layout.inner <= kShortRow && layout.outer > 1;
+    const int64_t n = layout.elements();
+    int64_t elements =
+        std::max({kChunkElements, 64 * width(), (n + kMostChunks - 1) / kMostChunks});
+    // Several rows of a channel a chunk, if that leaves chunks to share out.
+    if (short_rows) elements = std::max(elements, std::min(8 * columns(), n / 8));
     chunks = std::min(units, std::max<int64_t>(1, layout.elements() / elements));
   }
 
   int64_t columns() const { return layout.channels * layout.inner; }
+  // Floats a chunk needs to keep sums in before they go to double.
+  int64_t scratch() const {
+    return !by_rows ? 2 * columns() : short_rows ? 2 * kShortLanes * layout.channels : 0;
+  }
   // Partial sums of a chunk.
   int64_t width() const { return by_rows ? layout.channels : columns(); }
   int64_t channel_of(int64_t column) const { return by_rows ? column : column / layout.inner; }
 
   Layout layout;
   bool by_rows;
+  bool short_rows;
   int64_t pieces;  // of a row
   int64_t units;   // row pieces, or rows of columns
   int64_t tile_rows;
@@ -106,33 +123,70 @@ void channel_sums(const ChannelWalk& walk, int threads, std::vector<double>& a,
   }
 }
 
-// Sums in float are kept in this many lanes, whatever the width of a vector register, so that every
-// machine adds in the same order.
-constexpr int kLanes = 32;
+struct Two {
+  float first, second;
+};
 
-// body(i, lane) for every i in [0, n).
-template <typename Body>
-ADADFQ_INLINE void for_lanes(int64_t n, const Body& body) {
+// Adds value(i), a Two, for every i in [0, n) to kCount lanes each of first and second; what is
+// left over is returned. (Adding it to a lane would take the lanes out of their registers.)
+// Elements must not depend on each other.
+template <int kCount, typename Value>
+ADADFQ_INLINE Two add_to_lanes(int64_t n, float* first, float* second, const Value& value) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) body(i + j, j);
+  for (; i + kCount <= n; i += kCount) {
+#pragma omp simd
+    for (int j = 0; j < kCount; ++j) {
+      const Two two = value(i + j);
+      first[j] += two.first;
+      second[j] += two.second;
+    }
   }
-  if (i + kLanes / 2 <= n) {
-    for (int j = 0; j < kLanes / 2; ++j) body(i + j, j);
-    i += kLanes / 2;
+  if (kCount == kLanes && i + kShortLanes <= n) {
+#pragma omp simd
+    for (int j = 0; j < kShortLanes; ++j) {
+      const Two two = value(i + j);
+      first[j] += two.first;
+      second[j] += two.second;
+    }
+    i += kShortLanes;
   }
-  for (int j = 0; i + j < n; ++j) body(i + j, j);
+  Two rest = {0.0f, 0.0f};
+  for (; i < n; ++i) {
+    const Two two = value(i);
+    rest.first += two.first;
+    rest.second += two.second;
+  }
+  return rest;
 }
 
-ADADFQ_INLINE float sum_lanes(const float* lanes) {
-  float quarter[kLanes / 4];
-  for (int j = 0; j < kLanes / 4; ++j) {
-    quarter[j] = (lanes[j] + lanes[j + kLanes / 4]) +
-                 (lanes[j + kLanes / 2] + lanes[j + kLanes / 2 + kLanes / 4]);
-  }
-  float total = 0;
-  for (int j = 0; j < kLanes / 4; ++j) total += quarter[j];
-  return total;
+// Adds value(i) over i in [0, n) to the lanes of a channel with short rows: kShortLanes sums of its
+// first numbers, as many of its second.
+template <typename Value>
+ADADFQ_INLINE void add_short_row(int64_t n, float* ADADFQ_RESTRICT lanes, const Value& value) {
+  float first[kShortLanes], second[kShortLanes];
+  for (int j = 0; j < kShortLanes; ++j) first[j] = lanes[j];
+  for (int j = 0; j < kShortLanes; ++j) second[j] = lanes[kShortLanes + j];
+  const Two rest = add_to_lanes<kShortLanes>(n, first, second, value);
+  for (int j = 0; j < kShortLanes; ++j) lanes[j] = first[j];
+  for (int j = 0; j < kShortLanes; ++j) lanes[kShortLanes + j] = second[j];
+  lanes[0] += rest.first;
+  lanes[kShortLanes] += rest.second;
+}
+
+ADADFQ_INLINE float sum_short_lanes(float* lanes) {
+  for (int j = 0; j < 8; ++j) lanes[j] += lanes[j + 8];
+  for (int j = 0; j < 4; ++j) lanes[j] += lanes[j + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// Sums of value(i) over i in [0, n).
+template <typename Value>
+ADADFQ_INLINE Two sum_of_row(int64_t n, const Value& value) {
+  float first[kLanes] = {0}, second[kLanes] = {0};
+  const Two rest = add_to_lanes<kLanes>(n, first, second, value);
+  for (int j = 0; j < kShortLanes; ++j) first[j] += first[j + kShortLanes];
+  for (int j = 0; j < kShortLanes; ++j) second[j] += second[j + kShortLanes];
+  return {sum_short_lanes(first) + rest.first, sum_short_lanes(second) + rest.second};
 }
 
 }  // namespace adadfq
