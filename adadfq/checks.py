@@ -15,6 +15,8 @@ MIN_BITS, MAX_BITS = 2, 8
 
 def check_bits(name: str, bits: Any) -> int:
     """Return `bits` if it is an integer in 2..8; otherwise raise :class:`InvalidInputError` naming `name`."""
+    if type(bits) is int and MIN_BITS <= bits <= MAX_BITS:
+        return bits
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
         raise InvalidInputError(f"{name} must be {MIN_BITS}..{MAX_BITS}, got {bits!r}")
     return bits
@@ -41,6 +43,8 @@ def check_floating(name: str, x: Any) -> Tensor:
 
 def check_axis(axis: Any, x: Tensor) -> int:
     """Return `axis` counted from the front if it is a dimension of `x`."""
+    if type(axis) is int and 0 <= axis < x.dim():
+        return axis
     if not isinstance(axis, int) or isinstance(axis, bool) or not -x.dim() <= axis < x.dim():
         raise InvalidInputError(
             f"axis must be {-x.dim()}..{x.dim() - 1} for a tensor of shape {tuple(x.shape)}, got {axis!r}"
@@ -62,11 +66,12 @@ def check_channelwise(name: str, values: Any, x: Tensor) -> None:
 def check_quantizer(
     scale: Any, zero_point: Any, axis: int | None, x: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a quantiser of `x` as detached `dtype` and int32 vectors, one element a channel."""
+    """Scale and zero point of a quantiser of `x`, detached, `dtype` and int32, one element a channel (or one)."""
     check_floating("scale", scale)
     if not isinstance(zero_point, Tensor) or zero_point.is_floating_point() or zero_point.dtype == torch.bool:
         got = zero_point.dtype if isinstance(zero_point, Tensor) else type(zero_point).__name__
         raise InvalidInputError(f"zero_point must be an integer tensor, got {got}")
+    device = x.device
     expected = 1 if axis is None else x.shape[axis]
     for name, values in (("scale", scale), ("zero_point", zero_point)):
         if values.numel() != expected or (axis is not None and values.dim() != 1):
@@ -74,13 +79,15 @@ def check_quantizer(
                 f"{name} must have {expected} element{'s' * (expected != 1)} for axis {axis} of a tensor of shape "
                 f"{list(x.shape)}, got shape {list(values.shape)}"
             )
-        if values.device != x.device:
-            raise InvalidInputError(f"{name} must be on {x.device} like x, got {values.device}")
+        if values.device != device:
+            raise InvalidInputError(f"{name} must be on {device} like x, got {values.device}")
     if scale.dtype != dtype or scale.requires_grad:
         scale = scale.detach().to(dtype)
     if zero_point.dtype != torch.int32:
         zero_point = zero_point.to(torch.int32)
-    return (scale, zero_point) if axis is not None else (scale.reshape(-1), zero_point.reshape(-1))
+    if scale.dim() > 1 or zero_point.dim() > 1:
+        return scale.reshape(-1), zero_point.reshape(-1)
+    return scale, zero_point
 
 
 def check_logits(teacher_logits: Any, student_logits: Any) -> None:

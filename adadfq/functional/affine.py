@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adadfq import checks
 from adadfq.errors import InvalidInputError
-from adadfq.ops.run import run
+from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
 __all__ = ["ACTS", "affine_act_fake_quantize"]
@@ -111,6 +111,7 @@ def affine_act_fake_quantize(
         act_scale, act_zero_point, bits = qparams
         checks.check_bits("bits", bits)
         act_scale, act_zero_point = checks.check_quantizer(act_scale, act_zero_point, None, x, dtype)
-    return _AffineActFakeQuantize.apply(
-        x, scale.to(dtype), shift.to(dtype), residual, act, act_scale, act_zero_point, bits
-    )
+    arguments = (x, scale.to(dtype), shift.to(dtype), residual, act, act_scale, act_zero_point, bits)
+    if not needs_gradient(x, scale, shift, residual):
+        return run("affine_act_fake_quantize", *arguments)
+    return _AffineActFakeQuantize.apply(*arguments)

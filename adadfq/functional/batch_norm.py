@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adadfq import checks
 from adadfq.errors import InvalidInputError
-from adadfq.ops.run import run
+from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
 __all__ = ["bn_match", "bn_match_forward"]
@@ -88,7 +88,10 @@ def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     """
     _check_layer(x, running_mean=running_mean, running_var=running_var)
     dtype = compute_dtype(x.dtype)
-    return _BnMatch.apply(x, running_mean.detach().to(dtype), running_var.detach().to(dtype))
+    running_mean, running_var = running_mean.detach().to(dtype), running_var.detach().to(dtype)
+    if not needs_gradient(x):
+        return run("bn_match", x, running_mean, running_var)[0]
+    return _BnMatch.apply(x, running_mean, running_var)
 
 
 def bn_match_forward(
@@ -128,4 +131,6 @@ def bn_match_forward(
     mean, var = running_mean.detach().to(dtype), running_var.detach().to(dtype)
     weight = None if weight is None else weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
+    if not needs_gradient(x):
+        return run("bn_match_forward", x, mean, var, weight, bias, eps)[:2]
     return _BnMatchForward.apply(x, mean, var, weight, bias, eps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from adadfq import checks
 from adadfq.errors import InvalidInputError
 from adadfq.ops import reference
-from adadfq.ops.run import run
+from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
 __all__ = [
@@ -172,6 +172,8 @@ def fake_quantize(
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             raise InvalidInputError("inplace must be False for a leaf that requires a gradient")
         return _FakeQuantizeInplace.apply(x, scale, zero_point, bits, axis)
+    if not needs_gradient(x):
+        return run("fake_quantize", x, scale, zero_point, bits, axis)
     return _FakeQuantize.apply(x, scale, zero_point, bits, axis, clip_grad)
 
 
@@ -195,7 +197,10 @@ def dynamic_fake_quantize(x: Tensor, bits: int, axis: int = 0) -> tuple[Tensor, 
     """
     checks.check_floating("x", x)
     checks.check_bits("bits", bits)
-    return _DynamicFakeQuantize.apply(x, bits, checks.check_axis(axis, x))
+    axis = checks.check_axis(axis, x)
+    if not needs_gradient(x):
+        return run("dynamic_fake_quantize", x, bits, axis)
+    return _DynamicFakeQuantize.apply(x, bits, axis)
 
 
 def foreach_dynamic_fake_quantize(
@@ -232,7 +237,10 @@ def foreach_dynamic_fake_quantize(
             )
         if checks.check_axis(axis, x) != axis and x.dim() != first.dim():
             raise InvalidInputError("axis must be counted from the front for tensors of different dimensions")
-    results = _ForeachDynamicFakeQuantize.apply(widths, axis % first.dim(), *tensors)
+    axis = checks.check_axis(axis, first)
+    if not needs_gradient(*tensors):
+        return run("foreach_dynamic_fake_quantize", tensors, widths, axis)
+    results = _ForeachDynamicFakeQuantize.apply(widths, axis, *tensors)
     n = len(tensors)
     return list(results[:n]), list(results[n : 2 * n]), list(results[2 * n :])
 
@@ -282,4 +290,6 @@ def observe_fake_quantize(
             raise InvalidInputError(
                 f"{name} must hold one {dtype} on {x.device}, got {values.numel()} of {values.dtype} on {values.device}"
             )
+    if not needs_gradient(x):
+        return run("observe_fake_quantize", x, *state, bits, float(momentum))
     return _ObserveFakeQuantize.apply(x, *state, bits, float(momentum))

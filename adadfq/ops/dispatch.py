@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -88,10 +89,16 @@ def select(op: str, device_type: str, dtype: torch.dtype) -> str:
     Raises:
         BackendError: the backend asked for by name cannot serve the call.
     """
-    if (name := forced_backend()) is not None:
-        if (reason := why_not(name, op, device_type, dtype)) is not None:
-            raise BackendError(f"backend {name!r} cannot serve {op}: {reason}; choose another or 'auto'")
-        return name
+    return _select(op, device_type, dtype, forced_backend())
+
+
+@cache
+def _select(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -> str:
+    # What a process can use does not change while it runs.
+    if forced is not None:
+        if (reason := why_not(forced, op, device_type, dtype)) is not None:
+            raise BackendError(f"backend {forced!r} cannot serve {op}: {reason}; choose another or 'auto'")
+        return forced
     order = PREFERENCE.get(device_type, ("reference",))
     return next(name for name in order if why_not(name, op, device_type, dtype) is None)
 

@@ -44,13 +44,18 @@ def _refuse(op: str, name: str, problem: str) -> InvalidInputError:
     return InvalidInputError(f"{op}: {name} {problem}")
 
 
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype is dtype and tensor.layout is torch.strided and not tensor.is_neg() and not tensor.is_conj()
+
+
 def _check_kind(op: str, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    if _is_plain(tensor, dtype) and tensor.device == device:
+        return
     if tensor.layout != torch.strided or tensor.is_neg() or tensor.is_conj():
         raise _refuse(op, name, f"must be a plain strided tensor, got layout {tensor.layout}; make it dense first")
     if tensor.device != device:
         raise _refuse(op, name, f"must be on {device}, got {tensor.device}; move it there first")
-    if tensor.dtype != dtype:
-        raise _refuse(op, name, f"must be {dtype}, got {tensor.dtype}; convert it first")
+    raise _refuse(op, name, f"must be {dtype}, got {tensor.dtype}; convert it first")
 
 
 def main_tensor(op: str, name: str, x: Tensor, device_type: str) -> Tensor:

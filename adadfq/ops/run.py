@@ -29,3 +29,8 @@ def run(op: str, x: Tensor, *args: Any) -> Any:
     ):
         return _OVERLOADS[op](x, *args)
     return dispatch.call(op, x, *args)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call on `tensors` must be recorded for a backward."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -5,12 +5,12 @@ device and picks a backend when the operator runs, so tracing and ``torch.compil
 the backend. Gradients are attached in :mod:`adadfq.functional`; a backward that needs a kernel is an operator here.
 
 What every backend may rely on, because adadfq.functional sees to it: `bits` is in 2..8 and `axis` in 0..ndim-1; all
-tensors are on one device; `scale` has the compute dtype and `zero_point` is int32, both one-dimensional (one element
-when axis is None); the gradient, or the student's logits, have the dtype and shape of the main tensor; logits are
-[B, K] with B, K >= 1 and labels int64 [B]; running statistics and the parameters of an affine map have the compute
-dtype and shape [C], with channels in dimension 1; `residual` has the dtype and shape of `x`; the tensors of a list have
-one dtype; the state of an activation range has one element each (float32, num_batches int64, zero_point int32). Layout
-is free.
+tensors are on one device; `scale` has the compute dtype and `zero_point` is int32, both one-dimensional (where axis is
+None: one element, with or without a dimension); the gradient, or the student's logits, have the dtype and shape of the
+main tensor; logits are [B, K] with B, K >= 1 and labels int64 [B]; running statistics and the parameters of an affine
+map have the compute dtype and shape [C], with channels in dimension 1; `residual` has the dtype and shape of `x`; the
+tensors of a list have one dtype; the state of an activation range has one element each (float32, num_batches int64,
+zero_point int32). Layout is free.
 
 Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales and losses have it; batch
 statistics are float64. Outputs shaped like an input have its dtype and, where it is dense, its strides.
