@@ -54,13 +54,19 @@ def check_axis(axis: Any, x: Tensor) -> int:
 
 def check_channelwise(name: str, values: Any, x: Tensor) -> None:
     """Raise unless `values` is a floating [C] on the device of `x`, which is [N, C, ...]."""
-    check_floating(name, values)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        check_floating(name, values)
     if values.dim() != 1 or values.shape[0] != x.shape[1]:
         raise InvalidInputError(
             f"{name} must have shape [{x.shape[1]}], one element a channel, got {list(values.shape)}"
         )
     if values.device != x.device:
         raise InvalidInputError(f"{name} must be on {x.device} like x, got {values.device}")
+
+
+def as_constant(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`, without a gradient."""
+    return values.detach().to(dtype) if values.requires_grad or values.dtype is not dtype else values
 
 
 def check_quantizer(
@@ -81,8 +87,7 @@ def check_quantizer(
             )
         if values.device != device:
             raise InvalidInputError(f"{name} must be on {device} like x, got {values.device}")
-    if scale.dtype != dtype or scale.requires_grad:
-        scale = scale.detach().to(dtype)
+    scale = as_constant(scale, dtype)
     if zero_point.dtype != torch.int32:
         zero_point = zero_point.to(torch.int32)
     if scale.dim() > 1 or zero_point.dim() > 1:

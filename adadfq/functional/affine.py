@@ -111,7 +111,9 @@ def affine_act_fake_quantize(
         act_scale, act_zero_point, bits = qparams
         checks.check_bits("bits", bits)
         act_scale, act_zero_point = checks.check_quantizer(act_scale, act_zero_point, None, x, dtype)
-    arguments = (x, scale.to(dtype), shift.to(dtype), residual, act, act_scale, act_zero_point, bits)
+    if scale.dtype is not dtype or shift.dtype is not dtype:
+        scale, shift = scale.to(dtype), shift.to(dtype)
+    arguments = (x, scale, shift, residual, act, act_scale, act_zero_point, bits)
     if not needs_gradient(x, scale, shift, residual):
         return run("affine_act_fake_quantize", *arguments)
     return _AffineActFakeQuantize.apply(*arguments)

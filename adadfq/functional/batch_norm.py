@@ -88,7 +88,7 @@ def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     """
     _check_layer(x, running_mean=running_mean, running_var=running_var)
     dtype = compute_dtype(x.dtype)
-    running_mean, running_var = running_mean.detach().to(dtype), running_var.detach().to(dtype)
+    running_mean, running_var = checks.as_constant(running_mean, dtype), checks.as_constant(running_var, dtype)
     if not needs_gradient(x):
         return run("bn_match", x, running_mean, running_var)[0]
     return _BnMatch.apply(x, running_mean, running_var)
@@ -128,9 +128,9 @@ def bn_match_forward(
         if values is not None and values.requires_grad and torch.is_grad_enabled():
             raise InvalidInputError(f"{name} must not require a gradient, which it would not get: detach it")
     dtype = compute_dtype(x.dtype)
-    mean, var = running_mean.detach().to(dtype), running_var.detach().to(dtype)
-    weight = None if weight is None else weight.detach().to(dtype)
-    bias = None if bias is None else bias.detach().to(dtype)
+    mean, var = checks.as_constant(running_mean, dtype), checks.as_constant(running_var, dtype)
+    weight = None if weight is None else checks.as_constant(weight, dtype)
+    bias = None if bias is None else checks.as_constant(bias, dtype)
     if not needs_gradient(x):
         return run("bn_match_forward", x, mean, var, weight, bias, eps)[:2]
     return _BnMatchForward.apply(x, mean, var, weight, bias, eps)

@@ -274,12 +274,16 @@ def _bn_match(
     if x.numel() == 0:
         return reference.bn_match(x, running_mean, running_var)
     layout = native_args.layout(op, x, 1)
-    running_mean, running_var, weight, bias = _channelwise(
-        op, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
+    channels, device = x.shape[1], x.device
+    running_mean = native_args.vector(op, "running_mean", running_mean, channels, torch.float32, device)
+    running_var = native_args.vector(op, "running_var", running_var, channels, torch.float32, device)
+    if weight is not None:
+        weight = native_args.vector(op, "weight", weight, channels, torch.float32, device)
+    if bias is not None:
+        bias = native_args.vector(op, "bias", bias, channels, torch.float32, device)
     loss = torch.empty((), dtype=torch.float32)
-    mean = torch.empty(layout.channels, dtype=torch.float64)
-    var = torch.empty(layout.channels, dtype=torch.float64)
+    mean = torch.empty(channels, dtype=torch.float64)
+    var = torch.empty(channels, dtype=torch.float64)
     _call(
         "bn_match",
         x,
@@ -296,14 +300,6 @@ def _bn_match(
         *layout,
     )
     return loss, mean, var
-
-
-def _channelwise(op: str, x: Tensor, **tensors: Tensor | None) -> list[Any]:
-    channels = x.shape[1]
-    return [
-        None if t is None else native_args.vector(op, name, t, channels, torch.float32, x.device)
-        for name, t in tensors.items()
-    ]
 
 
 def bn_match_backward(
@@ -348,11 +344,13 @@ def _bn_match_backward(
     x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
     layout = native_args.layout(op, x, 1)
     grad_loss = native_args.scalar(op, "grad_loss", grad_loss, torch.float32, x.device)
-    mean = native_args.vector(op, "mean", mean, x.shape[1], torch.float64, x.device)
-    var = native_args.vector(op, "var", var, x.shape[1], torch.float64, x.device)
-    running_mean, running_var, weight = _channelwise(
-        op, x, running_mean=running_mean, running_var=running_var, weight=weight
-    )
+    channels, device = x.shape[1], x.device
+    mean = native_args.vector(op, "mean", mean, channels, torch.float64, device)
+    var = native_args.vector(op, "var", var, channels, torch.float64, device)
+    running_mean = native_args.vector(op, "running_mean", running_mean, channels, torch.float32, device)
+    running_var = native_args.vector(op, "running_var", running_var, channels, torch.float32, device)
+    if weight is not None:
+        weight = native_args.vector(op, "weight", weight, channels, torch.float32, device)
     if grad_y is not None:
         grad_y = native_args.like(op, "grad_y", grad_y, x)
     _call(

@@ -44,18 +44,13 @@ def _refuse(op: str, name: str, problem: str) -> InvalidInputError:
     return InvalidInputError(f"{op}: {name} {problem}")
 
 
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype is dtype and tensor.layout is torch.strided and not tensor.is_neg() and not tensor.is_conj()
-
-
 def _check_kind(op: str, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    if _is_plain(tensor, dtype) and tensor.device == device:
-        return
-    if tensor.layout != torch.strided or tensor.is_neg() or tensor.is_conj():
+    if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
         raise _refuse(op, name, f"must be a plain strided tensor, got layout {tensor.layout}; make it dense first")
     if tensor.device != device:
         raise _refuse(op, name, f"must be on {device}, got {tensor.device}; move it there first")
-    raise _refuse(op, name, f"must be {dtype}, got {tensor.dtype}; convert it first")
+    if tensor.dtype is not dtype:
+        raise _refuse(op, name, f"must be {dtype}, got {tensor.dtype}; convert it first")
 
 
 def main_tensor(op: str, name: str, x: Tensor, device_type: str) -> Tensor:
@@ -76,7 +71,7 @@ def main_tensor(op: str, name: str, x: Tensor, device_type: str) -> Tensor:
         expected = ", ".join(str(dtype) for dtype in DTYPE_NUMBERS)
         raise _refuse(op, name, f"must be one of {expected}, got {x.dtype}; convert it first")
     _check_kind(op, name, x, x.device, x.dtype)
-    return x if is_dense(x) else torch.empty_like(x).copy_(x)
+    return x if x.is_contiguous() or is_dense(x) else torch.empty_like(x).copy_(x)
 
 
 def like(op: str, name: str, tensor: Tensor, main: Tensor) -> Tensor:
@@ -97,10 +92,18 @@ def vector(op: str, name: str, tensor: Tensor, length: int, dtype: torch.dtype, 
     Raises:
         InvalidInputError: device, dtype or shape are others.
     """
-    _check_kind(op, name, tensor, device, dtype)
-    if tensor.dim() > 1 or tensor.numel() != length:
+    # Said in one expression first: a call checks up to six of these.
+    if not (
+        tensor.dtype is dtype
+        and tensor.numel() == length
+        and tensor.dim() <= 1
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    ):
+        _check_kind(op, name, tensor, device, dtype)
         raise _refuse(op, name, f"must have shape [{length}], got {list(tensor.shape)}")
-    return tensor.contiguous()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def scalar(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
