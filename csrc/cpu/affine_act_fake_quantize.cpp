@@ -118,19 +118,17 @@ ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n
   T* ADADFQ_RESTRICT grad_residual = kWriteResidual ? g.grad_residual + begin : nullptr;
   const float scale = g.scale[c], shift = g.shift[c];
   const Flat flat = g.flat;
-  if (!kSums) {
+  // In two steps: sums kept in lanes do not stay in registers beside all these pointers.
+  float du[kPieceElements];
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x, grad_residual, i, scale,
-                                             shift, flat);
-    }
-    return;
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = gradient_at<kResidual, kWriteResidual>(
+        grad, x, residual, grad_x, grad_residual, i, scale, shift, flat);
+    if (kSums) du[i] = value;
   }
-  const auto value = [&](int64_t i) ADADFQ_INLINE_LAMBDA {
-    const float du = gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x,
-                                                            grad_residual, i, scale, shift, flat);
-    return Two{du * to_float(x[i]), du};
-  };
+  if (!kSums) return;
+  const auto value = [&](int64_t i)
+                         ADADFQ_INLINE_LAMBDA { return Two{du[i] * to_float(x[i]), du[i]}; };
   if (lanes) return add_short_row(n, lanes, value);
   const Two found = sum_of_row(n, value);
   sum_x[c] += static_cast<double>(found.first);
