@@ -1,1 +1,1 @@
-"""Benchmarks, each run as ``python -m benchmarks.NAME`` from the repository."""
+"""The benchmark suite: ``python -m benchmarks --help``, from the repository."""

@@ -1,0 +1,104 @@
+"""Is what a provider computes right? Asked in the same run that times it; a wrong one gets no time.
+
+The oracle is the reference in float64. Quantised values may be one step off, and gradients may miss a jump, in a tiny
+share of elements: next to rounding ties, where stock PyTorch multiplies by 1 / scale instead of dividing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adadfq.ops.dispatch import use_backend
+from benchmarks.problems import Function, Problem
+
+#: dtype -> (relative tolerance, absolute tolerance as a share of the largest value).
+TOLERANCES = {
+    torch.float64: (1e-4, 1e-5),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (2**-7, 2**-8),
+    torch.float16: (2**-10, 2**-11),
+}
+#: Largest share of elements that may be a step off; one element always may.
+SHARE = 1e-4
+
+
+def run_once(problem: Problem, function: Function, pass_: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """What a pass of `function` gives on fresh arguments: outputs (forward, both), then gradients (backward, both).
+
+    Args:
+        dtype: what to convert the floating arguments to that are not state; None leaves them.
+    """
+    args = fresh_arguments(problem, pass_ != "forward", dtype)
+    outputs = function(*args)
+    if pass_ == "forward":
+        return list(outputs)
+    grads = [grad if dtype is None else grad.to(dtype) for grad in problem.grads]
+    gradients = torch.autograd.grad(outputs[: len(grads)], [args[i] for i in problem.wanted], grads)
+    return [*([] if pass_ == "backward" else [t.detach() for t in outputs]), *gradients]
+
+
+def fresh_arguments(problem: Problem, differentiable: bool, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The arguments, copied where the functions write to them, as leaves where a gradient is wanted."""
+    args = []
+    for i, value in enumerate(problem.args):
+        arg = value.detach()
+        if dtype is not None and arg.is_floating_point() and i not in problem.state:
+            arg = arg.to(dtype)
+        if i in problem.mutated:
+            arg = arg.clone()
+        if differentiable and i in problem.wanted:
+            arg = arg.detach().requires_grad_()
+        args.append(arg)
+    return args
+
+
+class Oracle:
+    """The right results of a pass of a problem, from the reference in float64."""
+
+    def __init__(self, problem: Problem, pass_: str) -> None:
+        with use_backend("reference"):
+            # On a GPU the backward runs in another thread, which the block above does not reach.
+            with torch.autograd.set_multithreading_enabled(False):
+                self.want = run_once(problem, problem.ours, pass_, torch.float64)
+                outputs = self.want if pass_ != "backward" else []
+        steps: Sequence[Tensor | None] = problem.steps(tuple(outputs)) if outputs else []
+        gradients = 0 if pass_ == "forward" else len(problem.wanted)
+        plain_outputs = len(self.want) - gradients
+        self.jumps: list[Tensor | None] = [*steps, *[None] * (plain_outputs - len(steps))]
+        for gradient in self.want[plain_outputs:]:
+            self.jumps.append(gradient.abs().amax() if problem.kink else None)
+
+    def error(self, got: Sequence[Tensor]) -> str | None:
+        """What is wrong with `got`; None where nothing is."""
+        if len(got) != len(self.want):
+            return f"it gives {len(got)} results, expected {len(self.want)}"
+        for i, (result, want, jump) in enumerate(zip(got, self.want, self.jumps, strict=True)):
+            if reason := _difference(result, want, jump):
+                return f"result {i} of {len(self.want)} {reason}"
+        return None
+
+
+def _difference(got: Tensor, want: Tensor, jump: Tensor | None) -> str | None:
+    if got.shape != want.shape:
+        return f"has shape {list(got.shape)}, expected {list(want.shape)}"
+    if not want.is_floating_point():
+        return None if torch.equal(got.to(want.dtype), want) else "has other integers than the reference"
+    if want.numel() == 0:
+        return None
+    relative, absolute = TOLERANCES[got.dtype]
+    error = (got.detach().to(want.dtype) - want).abs_()
+    allowed = want.abs().mul_(relative).add_(want.abs().amax() * absolute)
+    off = ~(error <= allowed)  # NaN is off
+    count = int(off.sum())
+    if count == 0:
+        return None
+    if jump is None:
+        return f"is off in {count} of {want.numel()} elements, by up to {float(error.amax()):.3g}"
+    if not bool((error <= allowed + jump.abs() * 1.01).all()):
+        return f"is off by up to {float(error.amax()):.3g}, more than one step"
+    if count > max(1, SHARE * want.numel()):
+        return f"is a step off in {count} of {want.numel()} elements: too many to be rounding ties"
+    return None

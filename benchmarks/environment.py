@@ -1,0 +1,85 @@
+"""Where a measurement was made: what a reader needs to judge it, and nothing that names a machine or a person."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adadfq import info
+from adadfq.errors import InvalidInputError
+
+_ROOT = Path(__file__).parents[1]
+
+
+def pick_device(name: str, threads: int) -> torch.device:
+    """The device of this name, with torch's threads set.
+
+    Raises:
+        InvalidInputError: there is no such device, or `threads` is not positive.
+    """
+    if threads < 1:
+        raise InvalidInputError(f"threads must be at least 1, got {threads}")
+    if name not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError("device cuda was asked for and torch sees no CUDA device; use --device cpu")
+    torch.set_num_threads(threads)
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """device, device_name, cpu, cpus, threads, system, versions {name: version}, git_commit, git_dirty, date (UTC).
+
+    git_commit and git_dirty are None outside a git checkout.
+    """
+    found = info.collect()
+    cpu = next(entry for entry in found["devices"] if entry["device"] == "cpu")
+    commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["name"],
+        "cpu": f"{cpu['name']} ({cpu['capability']})",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "adadfq": found["adadfq"],
+            "python": found["python"],
+            "torch": found["torch"],
+            "triton": found["triton"]["version"],
+            "cuda": torch.version.cuda,
+        },
+        "git_commit": commit,
+        "git_dirty": None if status is None else bool(status),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """One line that names the machine and the software, for titles and tables."""
+    parts = [environment["device_name"]]
+    if environment["device"] == "cpu":
+        parts.append(f"{environment['threads']} thread{'s' if environment['threads'] != 1 else ''}")
+    versions = environment["versions"]
+    parts.append(f"PyTorch {versions['torch']}")
+    if environment["device"] == "cuda" and versions["triton"]:
+        parts.append(f"Triton {versions['triton']}")
+    commit = environment["git_commit"]
+    if commit:
+        parts.append(f"commit {commit[:10]}{' with changes' if environment['git_dirty'] else ''}")
+    return ", ".join(parts)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

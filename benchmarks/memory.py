@@ -1,0 +1,43 @@
+"""How much memory a call takes beyond what there was: tensors at the peak, results included."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of tensors that one `call` has alive at most, beyond those alive before; what it returns counts.
+
+    On a CPU this is what passes through PyTorch's allocator: a kernel's own scratch memory does not.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = call()
+        torch.cuda.synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
+    # Its library writes a line a run to stderr otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = call()
+    del kept
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        # Names of operators are not always UTF-8 there.
+        events = json.loads(trace.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    alive = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        alive += change
+        peak = max(peak, alive)
+    return peak

@@ -1,0 +1,164 @@
+"""What a user would write from the paper's formulas with stock PyTorch and autograd: the "eager plain" provider.
+
+``torch.compile`` compiles these too. Each is as fast as it can be without leaving that style, for a soft rival would
+make the comparison worthless; 16-bit tensors are computed in float32, as the operators do, for otherwise the results
+would differ. State is updated in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _compute(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _view(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    if axis is None:
+        return values.reshape(())
+    return values.reshape([-1 if d == axis else 1 for d in range(ndim)])
+
+
+def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return (torch.clamp(torch.round(x / scale) + zero_point, 0, 2**bits - 1) - zero_point) * scale
+
+
+def _straight_through(x: Tensor, x_hat: Tensor) -> Tensor:
+    # Forward passes that need no gradient do not pay for the trick.
+    return x + (x_hat - x).detach() if x.requires_grad else x_hat
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None, clip_grad: bool = False
+) -> Tensor:
+    """Fake quantisation; the gradient passes unchanged, or clipped to the range."""
+    value, scale, zero_point = _compute(x), _view(scale, x.dim(), axis), _view(zero_point, x.dim(), axis)
+    if clip_grad:
+        value = torch.clamp(value, (-zero_point - 0.5) * scale, (2**bits - 0.5 - zero_point) * scale)
+    return _straight_through(value, _quantized(value, scale, zero_point, bits)).to(x.dtype)
+
+
+def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
+    """Fake quantisation over its input."""
+    scale, zero_point = _view(scale, x.dim(), axis), _view(zero_point, x.dim(), axis)
+    if x.dtype in (torch.float32, torch.float64):
+        return x.div_(scale).round_().add_(zero_point).clamp_(0, 2**bits - 1).sub_(zero_point).mul_(scale)
+    return x.copy_(_quantized(_compute(x), scale, zero_point, bits))
+
+
+def _qparams(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    scale = (hi - lo) / (2**bits - 1)
+    scale = torch.where(scale == 0, 1, scale)
+    return scale, torch.round(-lo / scale)
+
+
+def dynamic_fake_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake quantisation of every row of dimension 0 over its own range: (x_hat, scale, zero_point)."""
+    value = _compute(x)
+    lo, hi = value.detach().flatten(1).aminmax(dim=1)
+    scale, zero_point = _qparams(lo, hi, bits)
+    x_hat = _quantized(value, _view(scale, x.dim(), 0), _view(zero_point, x.dim(), 0), bits)
+    return _straight_through(value, x_hat).to(x.dtype), scale, zero_point.int()
+
+
+def foreach_dynamic_fake_quantize(tensors: Sequence[Tensor], bits: int) -> tuple[Tensor, ...]:
+    """:func:`dynamic_fake_quantize` of a list: x_hats, then scales, then zero points."""
+    results = [dynamic_fake_quantize(x, bits) for x in tensors]
+    return tuple(result[i] for i in range(3) for result in results)
+
+
+def observe_fake_quantize(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    momentum: float,
+) -> Tensor:
+    """Move a range by a debiased moving average of the batch's ends, then quantise with it."""
+    value = _compute(x)
+    with torch.no_grad():
+        lo, hi = torch.aminmax(value)
+        num_batches.add_(1)
+        rate = (1 - momentum) / (1 - momentum ** num_batches.double())
+        running_min.copy_(torch.lerp(running_min.double(), lo.double(), rate))
+        running_max.copy_(torch.lerp(running_max.double(), hi.double(), rate))
+        new_scale, new_zero_point = _qparams(running_min, running_max, bits)
+        scale.copy_(new_scale)
+        zero_point.copy_(new_zero_point)
+        x_hat = _quantized(value, new_scale, new_zero_point, bits)
+    return _straight_through(value, x_hat).to(x.dtype)
+
+
+def affine_act_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bits: int,
+    mean: Tensor,
+    var: Tensor,
+) -> Tensor:
+    """BatchNorm in inference (the fused operator, fastest of PyTorch's ways), residual, activation, quantiser."""
+    u = F.batch_norm(_compute(x), mean, var, scale, shift, training=False, eps=0)
+    if residual is not None:
+        u = u + _compute(residual)
+    u = {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6}[act](u)
+    if act_scale is not None and act_zero_point is not None:
+        u = _straight_through(u, _quantized(u, act_scale.reshape(()), act_zero_point.reshape(()), bits))
+    return u.to(x.dtype)
+
+
+def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """MSE of the batch's mean and biased variance against the running ones."""
+    var, mean = torch.var_mean(_compute(x), dim=[d for d in range(x.dim()) if d != 1], correction=0)
+    return F.mse_loss(mean, running_mean) + F.mse_loss(var, running_var)
+
+
+def bn_match_forward(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm in inference, and :func:`bn_match` of its input."""
+    value = _compute(x)
+    y = F.batch_norm(value, running_mean, running_var, weight, bias, training=False, eps=eps)
+    return y.to(x.dtype), bn_match(value, running_mean, running_var)
+
+
+def margin_loss(
+    teacher: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    lambda_l: float,
+    lambda_u: float,
+    alpha_ds: float,
+    alpha_as: float,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, margin, disagreement, agreement, H')."""
+    t, q = _compute(teacher), _compute(student)
+    log_p = F.log_softmax(t - q, 1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    lowest = entropy.amin()
+    h_prime = (entropy - lowest) / (math.log(t.shape[1]) - lowest)
+    margin = F.relu(lambda_l - h_prime).mean() + F.relu(h_prime - lambda_u).mean()
+    disagreement, agreement = F.nll_loss(log_p, labels), F.cross_entropy(t + q, labels)
+    total = margin + beta * (alpha_ds * disagreement + alpha_as * agreement)
+    return total, margin, disagreement, agreement, h_prime
+
+
+def entropy_distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """-T^2 mean_b H(softmax((t - q) / T))."""
+    log_p = F.log_softmax((_compute(teacher) - _compute(student)) / temperature, 1)
+    return temperature**2 * (log_p.exp() * log_p).sum(1).mean()

@@ -1,0 +1,304 @@
+"""What a case computes: its inputs, and the functions of them that the providers run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadfq import functional
+from adadfq.ops.schema import compute_dtype
+from benchmarks import plain
+from benchmarks.cases import Case
+
+BITS = 4
+MOMENTUM = 0.9
+EPS = 1e-5
+LOSS_SETTINGS = (0.1, 0.8, 0.2, 0.1, 1.0)
+TEMPERATURE = 20.0
+
+Outputs = tuple[Tensor, ...]
+Function = Callable[..., Outputs]
+
+
+@dataclass
+class Problem:
+    """Inputs of a case and functions of them.
+
+    Functions take the tensors of `args` in order and return a tuple: first the outputs that `grads` belong to, then
+    others that are checked but carry no gradient.
+    """
+
+    args: list[Tensor]
+    ours: Function
+    """The public function of adadfq; under the reference backend also the oracle, in float64."""
+    plain: Function
+    """The same from stock operators (:mod:`benchmarks.plain`)."""
+    native: Function | None = None
+    """The framework's own operator, where there is one."""
+    wanted: list[int] = field(default_factory=list)
+    """Positions of the arguments that get a gradient."""
+    grads: list[Tensor] = field(default_factory=list)
+    """Gradients of the first outputs, for backward passes."""
+    mutated: list[int] = field(default_factory=list)
+    """Positions of the arguments the functions write to."""
+    state: list[int] = field(default_factory=list)
+    """Positions of the arguments whose dtype is part of the operator; the oracle gets them unconverted."""
+    steps: Callable[[Outputs], list[Tensor]] = field(default=lambda outputs: [])
+    """Quantisation steps of the first outputs, broadcast against them, from all outputs of the oracle."""
+    kink: bool = False
+    """Gradients jump where the activation, or the clip, does."""
+
+
+def make(case: Case, device: torch.device) -> Problem:
+    """Inputs of `case` on `device`, the same at every call, and its functions."""
+    return _BUILDERS[case.op](case, _Inputs(case, device))
+
+
+class _Inputs:
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.random = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
+
+    def normal(self, shape: tuple[int, ...], deviation: float = 1.0) -> Tensor:
+        """Normal tensor in the dtype and layout of the case."""
+        x = torch.randn(shape, generator=self.random, device=self.device).mul_(deviation).to(self.case.torch_dtype)
+        if self.case.layout == "channels_last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def uniform(self, size: int, lo: float, hi: float) -> Tensor:
+        """[size] in the compute dtype."""
+        dtype = compute_dtype(self.case.torch_dtype)
+        return torch.rand(size, generator=self.random, device=self.device).mul_(hi - lo).add_(lo).to(dtype)
+
+    def integers(self, size: int, below: int, dtype: torch.dtype) -> Tensor:
+        """[size] in 0..below - 1."""
+        return torch.randint(below, (size,), generator=self.random, device=self.device, dtype=dtype)
+
+
+def _axis(case: Case) -> int | None:
+    return {"per_tensor": None, "per_channel": 1, "axis0": 0}[case.variant.removesuffix("_clip")]
+
+
+def _quantizer(case: Case, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """scale, zero_point and the scale's view against the tensor: the outermost percent or so is clipped."""
+    (shape,), axis = case.shapes, _axis(case)
+    channels = 1 if axis is None else shape[axis]
+    scale = inputs.uniform(channels, 0.25, 0.4)
+    zero_point = inputs.integers(channels, 4, torch.int32) + 6
+    view = scale if axis is None else scale.view([-1 if d == axis else 1 for d in range(len(shape))])
+    return scale, zero_point, view
+
+
+def _native_fake_quantize(axis: int | None) -> Function:
+    def call(x: Tensor, scale: Tensor, zero_point: Tensor) -> Outputs:
+        if axis is None:
+            return (torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 2**BITS - 1),)
+        return (torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, 0, 2**BITS - 1),)
+
+    return call
+
+
+def _fake_quantize(case: Case, inputs: _Inputs) -> Problem:
+    (shape,), axis, clip = case.shapes, _axis(case), case.variant.endswith("_clip")
+    scale, zero_point, step = _quantizer(case, inputs)
+    x = inputs.normal(shape)
+    return Problem(
+        args=[x, scale, zero_point],
+        ours=lambda x, s, z: (functional.fake_quantize(x, s, z, BITS, axis, clip),),
+        plain=lambda x, s, z: (plain.fake_quantize(x, s, z, BITS, axis, clip),),
+        # Its gradient is clipped; that of a straight-through case it does not compute.
+        native=_native_fake_quantize(axis) if clip or case.pass_ == "forward" or case.where == "tiny" else None,
+        wanted=[0],
+        grads=[inputs.normal(shape)],
+        steps=lambda outputs: [step],
+        kink=True,
+    )
+
+
+def _fake_quantize_inplace(case: Case, inputs: _Inputs) -> Problem:
+    (shape,), axis = case.shapes, _axis(case)
+    scale, zero_point, step = _quantizer(case, inputs)
+    return Problem(
+        args=[inputs.normal(shape), scale, zero_point],
+        ours=lambda x, s, z: (functional.fake_quantize(x, s, z, BITS, axis, inplace=True),),
+        plain=lambda x, s, z: (plain.fake_quantize_(x, s, z, BITS, axis),),
+        # PyTorch has none in place: a new tensor is what its user gets, and less work than copying it back.
+        native=_native_fake_quantize(axis),
+        mutated=[0],
+        steps=lambda outputs: [step],
+    )
+
+
+def _rows(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return scale.view(-1, *[1] * (len(shape) - 1))
+
+
+def _dynamic_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
+    (shape,) = case.shapes
+    return Problem(
+        args=[inputs.normal(shape, 0.05)],
+        ours=lambda x: functional.dynamic_fake_quantize(x, BITS, 0),
+        plain=lambda x: plain.dynamic_fake_quantize(x, BITS),
+        wanted=[0],
+        grads=[inputs.normal(shape)],
+        steps=lambda outputs: [_rows(outputs[1], shape)],
+    )
+
+
+def _foreach_dynamic_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
+    def ours(*tensors: Tensor) -> Outputs:
+        x_hats, scales, zero_points = functional.foreach_dynamic_fake_quantize(tensors, BITS, 0)
+        return *x_hats, *scales, *zero_points
+
+    return Problem(
+        args=[inputs.normal(shape, 0.05) for shape in case.shapes],
+        ours=ours,
+        plain=lambda *tensors: plain.foreach_dynamic_fake_quantize(tensors, BITS),
+        wanted=list(range(len(case.shapes))),
+        grads=[inputs.normal(shape) for shape in case.shapes],
+        steps=lambda outputs: [
+            _rows(scale, shape) for scale, shape in zip(outputs[len(case.shapes) :], case.shapes, strict=False)
+        ],
+    )
+
+
+def _observe_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
+    (shape,), device = case.shapes, inputs.device
+    state = [
+        torch.tensor(-3.5, device=device),
+        torch.tensor(3.75, device=device),
+        torch.tensor(2, device=device),
+        torch.ones((), device=device),
+        torch.zeros((), dtype=torch.int32, device=device),
+    ]
+
+    def ours(x: Tensor, *state: Tensor) -> Outputs:
+        return functional.observe_fake_quantize(x, *state, BITS, MOMENTUM), *state
+
+    def plainly(x: Tensor, *state: Tensor) -> Outputs:
+        return plain.observe_fake_quantize(x, *state, BITS, MOMENTUM), *state
+
+    return Problem(
+        args=[inputs.normal(shape), *state],
+        ours=ours,
+        plain=plainly,
+        # PyTorch's own (fused_moving_avg_obs_fake_quant) averages without debiasing: another function.
+        wanted=[0],
+        grads=[inputs.normal(shape)],
+        mutated=[1, 2, 3, 4, 5],
+        state=[1, 2, 3, 4, 5],
+        steps=lambda outputs: [outputs[4]],
+    )
+
+
+def _affine_act_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
+    (shape,) = case.shapes
+    act, residual = case.variant.partition("_")[0], "residual" in case.variant
+    channels = shape[1]
+    # Linear bottlenecks are not quantised.
+    quantizer = [torch.tensor([0.3], device=inputs.device), torch.tensor([0], device=inputs.device, dtype=torch.int32)]
+    args = [inputs.normal(shape), inputs.uniform(channels, 0.5, 1.5), inputs.uniform(channels, -0.5, 0.5)]
+    args += [inputs.normal(shape)] if residual else []
+    args += quantizer if act != "none" else []
+    mean, var = torch.zeros_like(args[1]), torch.ones_like(args[1])
+
+    def split(rest: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        added, rest = (rest[0], rest[1:]) if residual else (None, rest)
+        return added, *(rest or (None, None))
+
+    def ours(x: Tensor, scale: Tensor, shift: Tensor, *rest: Tensor) -> Outputs:
+        added, act_scale, act_zero_point = split(rest)
+        qparams = None if act_scale is None or act_zero_point is None else (act_scale, act_zero_point, BITS)
+        return (functional.affine_act_fake_quantize(x, scale, shift, added, act, qparams),)
+
+    def plainly(x: Tensor, scale: Tensor, shift: Tensor, *rest: Tensor) -> Outputs:
+        added, act_scale, act_zero_point = split(rest)
+        return (
+            plain.affine_act_fake_quantize(x, scale, shift, added, act, act_scale, act_zero_point, BITS, mean, var),
+        )
+
+    return Problem(
+        args=args,
+        ours=ours,
+        plain=plainly,
+        wanted=[0, *([1, 2] if case.variant.endswith("trained") else []), *([3] if residual else [])],
+        grads=[inputs.normal(shape)],
+        steps=lambda outputs: [quantizer[0]] if act != "none" else [],
+        kink=act != "none",
+    )
+
+
+def _bn_match(case: Case, inputs: _Inputs) -> Problem:
+    (shape,) = case.shapes
+    channels = shape[1]
+    return Problem(
+        args=[inputs.normal(shape), inputs.uniform(channels, -0.5, 0.5), inputs.uniform(channels, 0.5, 1.5)],
+        ours=lambda x, mean, var: (functional.bn_match(x, mean, var),),
+        plain=lambda x, mean, var: (plain.bn_match(x, mean, var),),
+        wanted=[0],
+        grads=[torch.tensor(0.7, device=inputs.device, dtype=compute_dtype(case.torch_dtype))],
+    )
+
+
+def _bn_match_forward(case: Case, inputs: _Inputs) -> Problem:
+    (shape,) = case.shapes
+    channels = shape[1]
+    ranges = ((-0.5, 0.5), (0.5, 1.5), (0.5, 1.5), (-0.5, 0.5))
+    return Problem(
+        args=[inputs.normal(shape), *(inputs.uniform(channels, lo, hi) for lo, hi in ranges)],
+        ours=lambda x, mean, var, w, b: functional.bn_match_forward(x, mean, var, w, b, EPS),
+        plain=lambda x, mean, var, w, b: plain.bn_match_forward(x, mean, var, w, b, EPS),
+        wanted=[0],
+        grads=[
+            inputs.normal(shape),
+            # Large enough that leaving the loss's gradient out of a batch this large would be seen.
+            torch.tensor(float(case.numel), device=inputs.device, dtype=compute_dtype(case.torch_dtype)),
+        ],
+    )
+
+
+def _logits(case: Case, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    (shape,) = case.shapes
+    return inputs.normal(shape, 2), inputs.normal(shape, 2), inputs.integers(shape[0], shape[1], torch.int64)
+
+
+def _margin_loss(case: Case, inputs: _Inputs) -> Problem:
+    teacher, student, labels = _logits(case, inputs)
+    return Problem(
+        args=[teacher, student, labels],
+        ours=lambda t, q, y: tuple(functional.margin_loss(t, q, y, *LOSS_SETTINGS)),
+        plain=lambda t, q, y: plain.margin_loss(t, q, y, *LOSS_SETTINGS),
+        wanted=[0, 1],
+        grads=[torch.tensor(1.0, device=inputs.device, dtype=compute_dtype(case.torch_dtype))],
+    )
+
+
+def _entropy_distillation(case: Case, inputs: _Inputs) -> Problem:
+    teacher, student, _ = _logits(case, inputs)
+    return Problem(
+        args=[teacher, student],
+        ours=lambda t, q: (functional.entropy_distillation(t, q, TEMPERATURE),),
+        plain=lambda t, q: (plain.entropy_distillation(t, q, TEMPERATURE),),
+        wanted=[1],
+        grads=[torch.tensor(1.0, device=inputs.device, dtype=compute_dtype(case.torch_dtype))],
+    )
+
+
+_BUILDERS: dict[str, Callable[[Case, Any], Problem]] = {
+    "fake_quantize": _fake_quantize,
+    "fake_quantize_": _fake_quantize_inplace,
+    "dynamic_fake_quantize": _dynamic_fake_quantize,
+    "foreach_dynamic_fake_quantize": _foreach_dynamic_fake_quantize,
+    "observe_fake_quantize": _observe_fake_quantize,
+    "affine_act_fake_quantize": _affine_act_fake_quantize,
+    "bn_match": _bn_match,
+    "bn_match_forward": _bn_match_forward,
+    "margin_loss": _margin_loss,
+    "entropy_distillation": _entropy_distillation,
+}

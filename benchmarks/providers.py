@@ -1,0 +1,253 @@
+"""Who can compute a case: this project's backends and everything they are compared with."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from adadfq.errors import InvalidInputError
+from adadfq.ops import dispatch
+from benchmarks.cases import TINY, Case
+from benchmarks.check import fresh_arguments, run_once
+from benchmarks.problems import Function, Outputs, Problem
+
+COPY = "copy (into existing memory)"
+CLONE = "copy (new tensor)"
+REFERENCE = "eager reference"
+PLAIN = "eager plain"
+COMPILE = "torch.compile"
+NATIVE = "torch"
+#: What autograd costs for an operator that does next to nothing.
+BARE = "x * 1"
+INTO = " (into existing memory)"
+OURS = "adadfq "
+
+#: Providers whose results are not looked at, for they compute nothing of the case.
+UNCHECKED = (COPY, CLONE, BARE)
+#: The allocator gives smaller tensors memory that is there already: "into" would be the same again.
+INTO_FROM_BYTES = 32 << 20
+
+#: Operator -> operator of its backward.
+_BACKWARD = {
+    "affine_act_fake_quantize": "affine_act_fake_quantize_backward",
+    "bn_match": "bn_match_backward",
+    "bn_match_forward": "bn_match_forward_backward",
+}
+
+
+@dataclass
+class Provider:
+    """Something that can be timed on a case."""
+
+    name: str
+    call: Callable[[], Any]
+    """The pass that is timed."""
+    results: Callable[[], list[Tensor]] | None = None
+    """The same pass on fresh arguments, for the check; None where nothing of the case is computed."""
+    backend: str | None = None
+    """Backend that serves the operators meanwhile; None leaves the choice to the dispatcher."""
+
+    @property
+    def is_ours(self) -> bool:
+        """One of this project's backends, the reference not among them."""
+        return self.name.startswith(OURS)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Force the backend. By the environment: autograd's threads see that, and the calls do not pay for it."""
+        if self.backend is None:
+            yield
+            return
+        before = os.environ.get("ADADFQ_BACKEND")
+        os.environ["ADADFQ_BACKEND"] = self.backend
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["ADADFQ_BACKEND"]
+            else:
+                os.environ["ADADFQ_BACKEND"] = before
+
+
+def backends(case: Case, device_type: str) -> list[str]:
+    """Backends other than the reference that can serve every operator of `case`, best first."""
+    ops = [case.op]
+    if case.pass_ != "forward":
+        if case.variant.endswith("_clip"):
+            ops.append("fake_quantize_backward")
+        elif case.op in _BACKWARD:
+            ops.append(_BACKWARD[case.op])
+    return [
+        name
+        for name in dispatch.PREFERENCE.get(device_type, ())
+        if name != "reference"
+        and all(dispatch.why_not(name, op, device_type, case.torch_dtype) is None for op in ops)
+    ]
+
+
+def names(case: Case, device_type: str, patterns: tuple[str, ...] = ("*",)) -> list[str]:
+    """Providers of `case` whose name fits one of `patterns`, in the order they take turns.
+
+    The copies are always among them: every row is set against the copy.
+    """
+    ours = [OURS + backend for backend in backends(case, device_type)]
+    found = list(ours)
+    if case.op == "fake_quantize" and case.pass_ == "forward" and case.nbytes >= INTO_FROM_BYTES:
+        found += [name + INTO for name in ours]
+    if _has_native(case):
+        found.append(NATIVE)
+    found += [REFERENCE, PLAIN, COMPILE]
+    if case.where == TINY:
+        found.append(BARE)
+    chosen = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [*chosen, COPY, CLONE]
+
+
+def check_patterns(patterns: tuple[str, ...], cases: list[Case], device_type: str) -> None:
+    """Refuse a pattern that fits no provider of any case (:class:`InvalidInputError`)."""
+    known = dict.fromkeys(name for case in cases for name in names(case, device_type))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise InvalidInputError(
+                f"providers: {pattern!r} fits none of {', '.join(known)}; patterns may hold * and ?, separated by commas"
+            )
+
+
+def _has_native(case: Case) -> bool:
+    if case.op == "fake_quantize_":
+        return True
+    return case.op == "fake_quantize" and (
+        case.variant.endswith("_clip") or case.pass_ == "forward" or case.where == TINY
+    )
+
+
+def build(case: Case, problem: Problem, chosen: list[str]) -> list[Provider]:
+    """The providers of these :func:`names`."""
+    return [_build(case, problem, name) for name in chosen]
+
+
+def _build(case: Case, problem: Problem, name: str) -> Provider:
+    if name in (COPY, CLONE):
+        return _copy(case, problem, name)
+    if name == BARE:
+        return from_function(name, case, problem, lambda *args: (args[max(problem.wanted[:1], default=0)] * 1,), bare=True)
+    if name == REFERENCE:
+        return from_function(name, case, problem, problem.ours, "reference")
+    if name == PLAIN:
+        return from_function(name, case, problem, problem.plain)
+    if name == COMPILE:
+        return _compiled(case, problem)
+    if name == NATIVE:
+        assert problem.native is not None  # as _has_native says
+        return from_function(name, case, problem, problem.native)
+    if name.endswith(INTO):
+        return _into(name, case, problem)
+    return from_function(name, case, problem, problem.ours, name.removeprefix(OURS))
+
+
+def from_function(
+    name: str, case: Case, problem: Problem, function: Function, backend: str | None = None, bare: bool = False
+) -> Provider:
+    """Time `function` on the arguments of `problem`, in the pass of `case`.
+
+    Args:
+        bare: the function has one output shaped like its argument, whatever the operator; it is not checked.
+    """
+    prepared: list[Any] = []
+
+    def prepare() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        args = fresh_arguments(problem, case.pass_ != "forward")
+        wanted = [args[i] for i in problem.wanted]
+        if bare:
+            return args, wanted[:1], [torch.ones_like(wanted[0])] if wanted else []
+        return args, wanted, problem.grads
+
+    def forward() -> Outputs:
+        if not prepared:
+            prepared.append(prepare())
+        return function(*prepared[0][0])
+
+    def both() -> tuple[Outputs, Outputs]:
+        if not prepared:
+            prepared.append(prepare())
+        args, wanted, grads = prepared[0]
+        outputs = function(*args)
+        return outputs, torch.autograd.grad(outputs[: len(grads)], wanted, grads)
+
+    def backward() -> Outputs:
+        if not prepared:
+            args, wanted, grads = prepare()
+            prepared.append((function(*args)[: len(grads)], wanted, grads))
+        outputs, wanted, grads = prepared[0]
+        return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+
+    call = {"forward": forward, "both": both, "backward": backward}[case.pass_]
+    results = None if bare else lambda: run_once(problem, function, case.pass_)
+    return Provider(name, call, results, backend)
+
+
+def _copy(case: Case, problem: Problem, name: str) -> Provider:
+    """A copy that reads and writes together as many bytes as the case."""
+    device = problem.args[0].device
+    elements = max(1, case.bytes_moved // 2 // case.torch_dtype.itemsize)
+    source = torch.ones(elements, dtype=case.torch_dtype, device=device)
+    if name == CLONE:
+        return Provider(name, source.clone)
+    target = torch.zeros_like(source)
+    return Provider(name, lambda: target.copy_(source))
+
+
+class _Allocates(TorchFunctionMode):
+    """Hands out one tensor where ``torch.empty_like`` is asked for a new one."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out = out
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.out if func is torch.empty_like else func(*args, **(kwargs or {}))
+
+
+def _into(name: str, case: Case, problem: Problem) -> Provider:
+    """The backend, writing to memory that is there already: without the system's page faults, like the plain copy."""
+    mode = _Allocates(torch.zeros_like(problem.args[0]))
+
+    def function(*args: Tensor) -> Outputs:
+        with mode:
+            outputs = problem.ours(*args)
+        if outputs[0].data_ptr() != mode.out.data_ptr():
+            raise RuntimeError("the backend did not write to the memory it was given")
+        return outputs
+
+    return from_function(name, case, problem, function, name.removeprefix(OURS).removesuffix(INTO))
+
+
+def _compiled(case: Case, problem: Problem) -> Provider:
+    # One worker: a pool of them would go on using the cores that the next provider is timed on.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # Code compiled for other cases counts against the limit of recompilations.
+    torch.compiler.reset()
+    function = torch.compile(problem.plain, fullgraph=True, dynamic=False)
+    provider = from_function(COMPILE, case, problem, function)
+    run = provider.results
+    assert run is not None
+
+    def results() -> list[Tensor]:
+        # A graph that is kept and run again, as the backward pass is, cannot give its buffers away.
+        from torch._functorch import config
+
+        with warnings.catch_warnings(), config.patch(donated_buffer=False):
+            warnings.simplefilter("ignore")
+            return run()
+
+    provider.results = results
+    return provider

@@ -1,0 +1,149 @@
+"""The JSON files of results: their fields, reading, and writing.
+
+A file is ``{"format", "version", "kind": "ops" | "step", "environment", "options", "left_out", "rows"}``. A row carries
+its environment too, so that rows of several files can be put together. Times are in milliseconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from adadfq import files
+from adadfq.errors import InvalidInputError
+
+FORMAT = "adadfq-benchmarks"
+VERSION = 1
+
+_ENVIRONMENT: dict[str, tuple[type, ...]] = {
+    "device": (str,),
+    "device_name": (str,),
+    "cpu": (str,),
+    "cpus": (int, NoneType),
+    "threads": (int,),
+    "system": (str,),
+    "versions": (dict,),
+    "git_commit": (str, NoneType),
+    "git_dirty": (bool, NoneType),
+    "date": (str,),
+}
+_MEASURED: dict[str, tuple[type, ...]] = {
+    "case": (str,),
+    "provider": (str,),
+    "backend": (str, NoneType),
+    "status": (str,),
+    "error": (str, NoneType),
+    "rounds": (int, NoneType),
+    "repeats": (int, NoneType),
+    "p20_ms": (float, NoneType),
+    "p50_ms": (float, NoneType),
+    "p80_ms": (float, NoneType),
+    "peak_memory_bytes": (int, NoneType),
+}
+#: Kind -> field of a row -> its types. status is "ok", "wrong" (a result is not right) or "unavailable".
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "ops": {
+        **_MEASURED,
+        "op": (str,),
+        "variant": (str,),
+        "where": (str,),
+        "layers": (list,),
+        "shapes": (list,),
+        "dtype": (str,),
+        "layout": (str,),
+        "pass": (str,),
+        "nbytes": (int,),
+        "bytes_moved": (int,),
+        "gb_per_s": (float, NoneType),
+        "fraction_of_copy": (float, NoneType),
+        "fraction_of_clone": (float, NoneType),
+        **_ENVIRONMENT,
+    },
+    "step": {
+        **_MEASURED,
+        "model": (str,),
+        "image_size": (int,),
+        "batch_size": (int,),
+        "weight_bits": (int,),
+        "act_bits": (int,),
+        "images_per_s": (float, NoneType),
+        **_ENVIRONMENT,
+    },
+}
+STATUSES = ("ok", "wrong", "unavailable")
+
+
+def document(kind: str, environment: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A file's content without rows yet."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "environment": environment,
+        "options": options,
+        "left_out": [],
+        "rows": [],
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Check and write a file, whole or not at all.
+
+    Raises:
+        InvalidInputError: the content is not valid, or the file cannot be written there.
+    """
+    validate(content, str(path))
+    files.write_json(path, content)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file's content.
+
+    Raises:
+        InvalidInputError: it cannot be read or is not such a file; says where it fails.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror}; give a file that 'ops' or 'step' wrote") from error
+    except ValueError as error:
+        raise InvalidInputError(f"{path} is not JSON: {error}; give a file that 'ops' or 'step' wrote") from error
+    validate(content, str(path))
+    return content
+
+
+def validate(content: Any, name: str) -> None:
+    """Refuse what is not a file of this format and version (:class:`InvalidInputError`)."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InvalidInputError(f"{name} is not a file of results: 'format' must be {FORMAT!r}; run 'ops' or 'step'")
+    if content.get("version") != VERSION:
+        raise InvalidInputError(f"{name} has version {content.get('version')!r}, expected {VERSION}: measure again")
+    if content.get("kind") not in FIELDS:
+        raise InvalidInputError(f"{name}: kind must be one of {', '.join(FIELDS)}, got {content.get('kind')!r}")
+    for key, kind in (("environment", dict), ("options", dict), ("left_out", list), ("rows", list)):
+        if not isinstance(content.get(key), kind):
+            raise InvalidInputError(f"{name}: {key} must be a {kind.__name__}, got {content.get(key)!r}")
+    _check_fields(content["environment"], _ENVIRONMENT, f"{name}: environment")
+    for i, row in enumerate(content["rows"]):
+        if not isinstance(row, dict):
+            raise InvalidInputError(f"{name}: row {i} must be a dict, got {row!r}")
+        _check_fields(row, FIELDS[content["kind"]], f"{name}: row {i}")
+        if row["status"] not in STATUSES:
+            raise InvalidInputError(f"{name}: row {i}: status must be one of {STATUSES}, got {row['status']!r}")
+        if (row["status"] == "ok") != (row["p50_ms"] is not None):
+            raise InvalidInputError(f"{name}: row {i} must have a time where its status is ok, and only there")
+
+
+def _check_fields(found: dict[str, Any], expected: dict[str, tuple[type, ...]], name: str) -> None:
+    if set(found) != set(expected):
+        missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        raise InvalidInputError(f"{name}: missing fields {missing}, unknown fields {unknown}: measure again")
+    for key, types in expected.items():
+        value = found[key]
+        # bool is an int, and JSON has no float that is whole.
+        fits = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+        if not fits and not (float in types and isinstance(value, int) and not isinstance(value, bool)):
+            names = " or ".join(t.__name__ for t in types)
+            raise InvalidInputError(f"{name}: {key} must be {names}, got {value!r}")

@@ -1,0 +1,94 @@
+"""Interleaved timing: providers take turns, so that a disturbance hits all of them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.providers import Provider
+
+#: A sample takes at least this long, in seconds: shorter calls are repeated within it.
+MIN_SAMPLE = 200e-6
+MIN_ROUNDS = 5
+MAX_REPEATS = 10_000
+
+
+@dataclass
+class Samples:
+    """Seconds of one call, one value a round."""
+
+    repeats: int
+    """Calls within a sample, whose mean it is."""
+    values: list[float] = field(default_factory=list)
+
+    def quantiles(self) -> tuple[float, float, float]:
+        """20th, 50th and 80th percentile, in seconds."""
+        low, _, _, high = statistics.quantiles(self.values, n=5, method="inclusive")
+        return low, statistics.median(self.values), high
+
+
+def measure(providers: Sequence[Provider], device: torch.device, rounds: int, seconds: float) -> dict[str, Samples]:
+    """Time every provider once a round, `rounds` times or as often as `seconds` allow, but :data:`MIN_ROUNDS` times.
+
+    An untimed call of the same provider goes before each sample, as in a loop: a virtual machine may hand freed memory
+    back to its host within seconds, and getting it again costs more than anything measured here.
+    """
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    samples = {}
+    round_seconds = 0.0
+    with _quiet():
+        for provider in providers:
+            with provider.active():
+                provider.call()
+                once = max(clock(provider.call, 1), 1e-9)
+                if once < MIN_SAMPLE:  # the first guess is cold
+                    once = max(clock(provider.call, 8), 1e-9)
+            samples[provider.name] = Samples(min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE / once))))
+            round_seconds += once * (samples[provider.name].repeats + 1)
+        rounds = max(MIN_ROUNDS, min(rounds, int(seconds / round_seconds)))
+        for i in range(rounds):
+            # Another provider begins each round, so that none always follows the same one.
+            for provider in (*providers[i % len(providers) :], *providers[: i % len(providers)]):
+                kept = samples[provider.name]
+                with provider.active():
+                    provider.call()
+                    kept.values.append(clock(provider.call, kept.repeats))
+    return samples
+
+
+def _cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _cuda_seconds(call: Callable[[], Any], repeats: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection meanwhile."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
