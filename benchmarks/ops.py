@@ -101,6 +101,7 @@ def _verdict(provider: Provider, oracle: Oracle) -> tuple[str, str | None]:
     try:
         with provider.active():
             got = provider.results()
+            provider.call()
     except Exception as error:  # whatever a rival raises, its row says so and the others go on
         reason = f"{type(error).__name__}: {_first_line(error)}"
         # Our own are listed only where they say that they can serve the case.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,8 +88,7 @@ def backends(case: Case, device_type: str) -> list[str]:
     return [
         name
         for name in dispatch.PREFERENCE.get(device_type, ())
-        if name != "reference"
-        and all(dispatch.why_not(name, op, device_type, case.torch_dtype) is None for op in ops)
+        if name != "reference" and all(dispatch.why_not(name, op, device_type, case.torch_dtype) is None for op in ops)
     ]
 
 
@@ -118,7 +116,7 @@ def check_patterns(patterns: tuple[str, ...], cases: list[Case], device_type: st
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise InvalidInputError(
-                f"providers: {pattern!r} fits none of {', '.join(known)}; patterns may hold * and ?, separated by commas"
+                f"providers: {pattern!r} fits none of {', '.join(known)}; patterns, with * and ?, go between commas"
             )
 
 
@@ -139,7 +137,9 @@ def _build(case: Case, problem: Problem, name: str) -> Provider:
     if name in (COPY, CLONE):
         return _copy(case, problem, name)
     if name == BARE:
-        return from_function(name, case, problem, lambda *args: (args[max(problem.wanted[:1], default=0)] * 1,), bare=True)
+        return from_function(
+            name, case, problem, lambda *args: (args[max(problem.wanted[:1], default=0)] * 1,), bare=True
+        )
     if name == REFERENCE:
         return from_function(name, case, problem, problem.ours, "reference")
     if name == PLAIN:
@@ -232,22 +232,12 @@ def _into(name: str, case: Case, problem: Problem) -> Provider:
 
 
 def _compiled(case: Case, problem: Problem) -> Provider:
+    from torch._functorch import config
+
     # One worker: a pool of them would go on using the cores that the next provider is timed on.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Code compiled for other cases counts against the limit of recompilations.
     torch.compiler.reset()
-    function = torch.compile(problem.plain, fullgraph=True, dynamic=False)
-    provider = from_function(COMPILE, case, problem, function)
-    run = provider.results
-    assert run is not None
-
-    def results() -> list[Tensor]:
-        # A graph that is kept and run again, as the backward pass is, cannot give its buffers away.
-        from torch._functorch import config
-
-        with warnings.catch_warnings(), config.patch(donated_buffer=False):
-            warnings.simplefilter("ignore")
-            return run()
-
-    provider.results = results
-    return provider
+    # A graph that is run again and again, as in the backward pass, cannot give its buffers away.
+    config.donated_buffer = case.pass_ != "backward"
+    return from_function(COMPILE, case, problem, torch.compile(problem.plain, fullgraph=True, dynamic=False))

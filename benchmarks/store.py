@@ -95,7 +95,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
         InvalidInputError: the content is not valid, or the file cannot be written there.
     """
     validate(content, str(path))
-    files.write_json(path, content)
+    head = {key: value for key, value in content.items() if key != "rows"}
+    rows = ",\n".join(json.dumps(files.finite(row), ensure_ascii=False, allow_nan=False) for row in content["rows"])
+    text = json.dumps(files.finite(head), ensure_ascii=False, allow_nan=False, indent=1)
+    with files.atomic_write(path) as temporary:
+        # A row a line: stored files are read in diffs.
+        temporary.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -107,7 +112,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidInputError(f"{path} cannot be read: {error.strerror}; give a file that 'ops' or 'step' wrote") from error
+        raise InvalidInputError(
+            f"{path} cannot be read: {error.strerror}; give a file that 'ops' or 'step' wrote"
+        ) from error
     except ValueError as error:
         raise InvalidInputError(f"{path} is not JSON: {error}; give a file that 'ops' or 'step' wrote") from error
     validate(content, str(path))

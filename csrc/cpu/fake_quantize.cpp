@@ -7,7 +7,7 @@
 // (channelwise.h). Bytes an element, float32: 8 forward, 12 backward; 16-bit types half of that.
 //
 // Test: python -m pytest tests/test_native_cpu.py -k fake_quantize
-// Time: python -m benchmarks.fake_quantize
+// Time: python -m benchmarks ops --ops fake_quantize,fake_quantize_
 #include "fake_quantize.h"
 
 #include "../common/quantizer.h"

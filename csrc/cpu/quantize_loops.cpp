@@ -7,7 +7,7 @@
 // reads one more (12, 6). Memory-bound as soon as the tensor leaves the cache.
 //
 // Test:  python -m pytest tests/test_native_cpu.py -k fake_quantize
-// Time:  python -m benchmarks.fake_quantize
+// Time:  python -m benchmarks ops --ops fake_quantize,fake_quantize_
 // Alone: tests/test_sanitize.py builds the launchers without Python.
 #include "quantize_loops.h"
 

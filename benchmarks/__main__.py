@@ -1,0 +1,274 @@
+"""``python -m benchmarks``: ops, step, compare, judge, plot, readme, list."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adadfq.errors import AdadfqError
+
+EXIT_WRONG = 1
+EXIT_ERROR = 2
+
+
+class _Main(click.Group):
+    """Prints errors raised on purpose as one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AdadfqError as error:
+            click.echo("error: " + " ".join(str(error).split("\n")), err=True)
+            ctx.exit(EXIT_ERROR)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """Benchmarks of adadfq. Results are checked in the run that times them; what is wrong gets no time."""
+
+
+def _words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+def _options(*options: Any) -> Any:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_json = click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results.")
+_timing = _options(
+    click.option("--device", "device_name", default="cpu", metavar="cpu|cuda", show_default=True, help="Where to run."),
+    click.option("--threads", default=2, show_default=True, help="PyTorch's threads."),
+    click.option("--rounds", default=21, show_default=True, type=click.IntRange(5), help="Samples of every provider."),
+    click.option(
+        "--seconds", default=5.0, show_default=True, type=click.FloatRange(0), help="Timing one case takes about this."
+    ),
+)
+_selection = _options(
+    click.option("--suite", default="quick", show_default=True, metavar="quick|judged|full", help="Which cases."),
+    click.option("--ops", default="", callback=_words, metavar="OP,...", help="Only these operators."),
+    click.option("--filter", "filters", multiple=True, metavar="TEXT", help="Only names that hold or match it."),
+    click.option(
+        "--providers", default="*", callback=_words, metavar="PATTERN,...", help="Only these, and the copies."
+    ),
+)
+
+
+@main.command("list")
+@_selection
+@click.option("--device", "device_type", default="cpu", metavar="cpu|cuda", show_default=True)
+@click.option("--kernels-only", is_flag=True, help="Only cases that a backend other than the reference serves.")
+def list_(
+    suite: str,
+    ops: tuple[str, ...],
+    filters: tuple[str, ...],
+    providers: tuple[str, ...],
+    device_type: str,
+    kernels_only: bool,
+) -> None:
+    """Print the names of cases, and who can compute them here."""
+    chosen = _select(suite, ops, filters, providers, device_type, kernels_only)
+    from benchmarks.providers import names
+
+    for case in chosen:
+        click.echo(f"{case.name}  [{', '.join(names(case, device_type, providers))}]")
+    click.echo(f"{len(chosen)} cases", err=True)
+
+
+def _select(
+    suite: str,
+    ops: tuple[str, ...],
+    filters: tuple[str, ...],
+    providers: tuple[str, ...],
+    device_type: str,
+    kernels_only: bool,
+) -> list[Any]:
+    from adadfq.errors import InvalidInputError
+    from benchmarks.cases import select
+    from benchmarks.providers import backends, check_patterns
+
+    chosen = select(suite, ops, filters)
+    if kernels_only:
+        chosen = [case for case in chosen if backends(case, device_type)]
+        if not chosen:
+            raise InvalidInputError(
+                f"no backend but the reference serves these cases on {device_type}: see 'adadfq info'"
+            )
+    check_patterns(providers, chosen, device_type)
+    return chosen
+
+
+@main.command()
+@_selection
+@_timing
+@_json
+@click.option("--kernels-only", is_flag=True, help="Only cases that a backend other than the reference serves.")
+@click.option("--limit", type=click.FloatRange(0), help="Begin no case after so many seconds; the file says which.")
+def ops(
+    suite: str,
+    ops: tuple[str, ...],
+    filters: tuple[str, ...],
+    providers: tuple[str, ...],
+    device_name: str,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    json_path: Path | None,
+    kernels_only: bool,
+    limit: float | None,
+) -> None:
+    """Time the operators against their rivals and a copy of the same bytes.
+
+    Exits with 1 where a result was wrong.
+    """
+    from benchmarks import store
+    from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.ops import run_case
+    from benchmarks.report import judged_text, rows_text
+
+    device = pick_device(device_name, threads)
+    chosen = _select(suite, ops, filters, providers, device.type, kernels_only)
+    environment = describe(device)
+    options = {
+        "suite": suite,
+        "ops": list(ops),
+        "filters": list(filters),
+        "providers": list(providers),
+        "rounds": rounds,
+        "seconds": seconds,
+    }
+    content = store.document("ops", environment, options)
+    if json_path is not None:
+        store.write(json_path, content)  # a path that cannot be written is found now
+    click.echo(machine(environment))
+    start = time.monotonic()
+    for i, case in enumerate(chosen):
+        if limit is not None and time.monotonic() - start > limit:
+            content["left_out"] = [later.name for later in chosen[i:]]
+            break
+        rows = run_case(case, device, environment, providers, rounds, seconds)
+        content["rows"] += rows
+        click.echo(f"\n[{i + 1}/{len(chosen)}] {rows_text(rows)}")
+        if json_path is not None:
+            store.write(json_path, content)  # what was measured outlives an interrupt
+    if json_path is not None:
+        store.write(json_path, content)
+    if judged := judged_text(content["rows"]):
+        click.echo(f"\n{judged}")
+    if content["left_out"]:
+        click.echo(f"the time was up: {len(content['left_out'])} of {len(chosen)} cases were not run", err=True)
+    _exit_if_wrong(content["rows"])
+
+
+def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
+    if wrong := [row for row in rows if row["status"] == "wrong"]:
+        for row in wrong:
+            click.echo(f"wrong: {row['provider']} on {row['case']}: {row['error']}", err=True)
+        sys.exit(EXIT_WRONG)
+
+
+@main.command()
+@_timing
+@_json
+@click.option("--model", default="resnet20", show_default=True, help="A built-in, or module.path:callable.")
+@click.option("--recipe", default="cifar10_resnet20", show_default=True, help="Recipe whose settings are used.")
+@click.option("--image-size", type=int, help="Pixels; by default the recipe's.")
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--weight-bits", default=4, show_default=True)
+@click.option("--act-bits", default=4, show_default=True)
+def step(
+    device_name: str,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    json_path: Path | None,
+    **setting: Any,
+) -> None:
+    """Time one training step of the game with this project's backends and with the reference."""
+    from benchmarks import store
+    from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.report import rows_text
+    from benchmarks.step import Setting, run_step
+
+    device = pick_device(device_name, threads)
+    environment = describe(device)
+    content = store.document("step", environment, {"rounds": rounds, "seconds": seconds, **setting})
+    if json_path is not None:
+        store.write(json_path, content)
+    click.echo(machine(environment))
+    content["rows"] = run_step(Setting(**setting), device, environment, rounds, seconds)
+    click.echo(rows_text(content["rows"]))
+    if json_path is not None:
+        store.write(json_path, content)
+    _exit_if_wrong(content["rows"])
+
+
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
+@main.command()
+@click.argument("first", type=_file)
+@click.argument("second", type=_file)
+@click.option("--force", is_flag=True, help="Compare files of different machines all the same.")
+def compare(first: Path, second: Path, force: bool) -> None:
+    """Ratios of the medians of two files, with the spread that their percentiles leave."""
+    from benchmarks import ratios, store
+    from benchmarks.report import compare_text
+
+    click.echo(compare_text(ratios.compare(store.read(first), store.read(second), force), first.name, second.name))
+
+
+@main.command()
+@click.argument("results", type=_file)
+def judge(results: Path) -> None:
+    """Hold a file against the table of demands (README, "Benchmarks"). Exits with 1 where one is not met."""
+    from adadfq.errors import InvalidInputError
+    from benchmarks import ratios, store
+    from benchmarks.report import judged_text
+
+    rows = store.read(results)["rows"]
+    if not (text := judged_text(rows if rows and "op" in rows[0] else [])):
+        raise InvalidInputError(f"{results} holds no case with a demand: run 'ops --suite judged'")
+    click.echo(text)
+    if not all(judgement.met for judgement in ratios.judge(rows)):
+        sys.exit(EXIT_WRONG)
+
+
+@main.command()
+@click.argument("results", type=_file)
+@click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), help="Default: beside the file.")
+def plot(results: Path, folder: Path | None) -> None:
+    """PNG: speed-up against size and a roofline with the copy's line; for a step, images a second."""
+    from benchmarks import store
+    from benchmarks.plot import plot as draw
+
+    for path in draw(store.read(results), results.stem, folder or results.parent):
+        click.echo(path)
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 where README or a plot is stale.")
+def readme(check: bool) -> None:
+    """Write README's tables and the plots from benchmarks/results/*.json."""
+    from benchmarks import readme as page
+
+    if not check:
+        for path in page.update():
+            click.echo(path.name)
+    elif reasons := page.stale():
+        for reason in reasons:
+            click.echo(f"{reason}: run 'python -m benchmarks readme'", err=True)
+        sys.exit(EXIT_WRONG)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

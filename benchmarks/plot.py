@@ -1,0 +1,122 @@
+"""Plots of a file of results, as PNG. matplotlib comes with the extras "test" and "demo"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adadfq.errors import InvalidInputError
+from benchmarks import ratios
+from benchmarks.cases import TINY
+from benchmarks.environment import machine
+from benchmarks.providers import CLONE, COPY
+from benchmarks.ratios import RIVALS, Row
+
+_MARKERS = {"forward": "o", "backward": "v", "both": "s"}
+
+
+def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
+    """Write the plots of a file to `folder` as ``<stem>-<plot>.png``; returns their paths.
+
+    Raises:
+        InvalidInputError: matplotlib is missing, `folder` does not exist, or no row has a time.
+    """
+    if not folder.is_dir():
+        raise InvalidInputError(f"the directory {folder} does not exist; create it first")
+    if not any(row["status"] == "ok" for row in content["rows"]):
+        raise InvalidInputError(f"{stem}: no row has a time: there is nothing to plot")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InvalidInputError("plots need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    if content["kind"] == "step":
+        return [_save(content, folder / f"{stem}-step.png", _step, 1, 1)]
+    ops = list(dict.fromkeys(row["op"] for row in _timed(content)))
+    columns = min(3, len(ops))
+    return [
+        _save(content, folder / f"{stem}-speedup.png", _speed_up, -(-len(ops) // columns), columns),
+        _save(content, folder / f"{stem}-roofline.png", _roofline, 1, 1),
+    ]
+
+
+def _timed(content: dict[str, Any]) -> list[Row]:
+    rows = [row for row in content["rows"] if row["status"] == "ok"]
+    # Next to no data is a point of its own, far from every other; where there is nothing else, it is the plot.
+    return [row for row in rows if row.get("where") != TINY] or rows
+
+
+def _save(
+    content: dict[str, Any], path: Path, draw: Callable[[Any, Sequence[Any]], None], rows: int, columns: int
+) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(8, 4.5 * columns), 1 + 3.5 * rows if rows * columns > 1 else 5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    draw(content, axes)
+    figure.suptitle(machine(content["environment"]), fontsize=9)
+    # No creation date or version of matplotlib: the same results give the same file.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def _speed_up(content: dict[str, Any], axes: Sequence[Any]) -> None:
+    """One field an operator: how many times as fast as each rival, against the size of the main tensor."""
+    points: dict[str, dict[tuple[str, str], list[tuple[float, float]]]] = {}
+    for providers in ratios.by_case(_timed(content)).values():
+        own = ratios.ours(providers)
+        any_row = next(iter(providers.values()))
+        field = points.setdefault(any_row["op"], {})
+        for name in RIVALS:
+            other = ratios.rival(providers, name)
+            if own is not None and other is not None:
+                value = other["p50_ms"] / own["p50_ms"]
+                field.setdefault((name, own["pass"]), []).append((own["nbytes"] / 1e6, value))
+    for axis, (op, field) in zip(axes, points.items(), strict=False):
+        for (name, pass_), values in sorted(field.items()):
+            color = f"C{RIVALS.index(name)}"
+            axis.plot(*zip(*values, strict=True), _MARKERS[pass_], color=color, label=f"{name}, {pass_}", alpha=0.7)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", title=op, xlabel="main tensor, MB", ylabel="times as fast")
+        if field:
+            axis.legend(fontsize=7)
+    for axis in axes[len(points) :]:
+        axis.set_axis_off()
+
+
+def _roofline(content: dict[str, Any], axes: Sequence[Any]) -> None:
+    """GB/s of the bytes a case must move, against them; the copies are the limit."""
+    (axis,) = axes
+    timed = ratios.by_case(_timed(content))
+    for name, style in ((COPY, "-"), (CLONE, "--")):
+        line: dict[int, list[float]] = {}
+        for providers in timed.values():
+            if name in providers:
+                line.setdefault(providers[name]["bytes_moved"], []).append(providers[name]["gb_per_s"])
+        sizes = sorted(size for size in line if size)
+        if sizes:
+            speeds = [sorted(line[size])[len(line[size]) // 2] for size in sizes]
+            axis.plot([size / 1e6 for size in sizes], speeds, style, color="black", linewidth=1, label=name)
+    ops = list(dict.fromkeys(row["op"] for row in _timed(content)))
+    for i, op in enumerate(ops):
+        for pass_, marker in _MARKERS.items():
+            values = []
+            for providers in timed.values():
+                own = ratios.ours(providers)
+                if own is not None and (own["op"], own["pass"]) == (op, pass_) and own["gb_per_s"]:
+                    values.append((own["bytes_moved"] / 1e6, own["gb_per_s"]))
+            if values:
+                axis.plot(*zip(*values, strict=True), marker, color=f"C{i}", label=f"{op}, {pass_}", alpha=0.7)
+    axis.set(xscale="log", yscale="log", xlabel="bytes moved, MB", ylabel="GB/s")
+    axis.legend(fontsize=6, ncols=2)
+
+
+def _step(content: dict[str, Any], axes: Sequence[Any]) -> None:
+    """Images a second, a bar a player."""
+    (axis,) = axes
+    rows = _timed(content)
+    labels = [f"{row['provider']}\n{row['case'].removeprefix('step/')}" for row in rows]
+    axis.barh(labels, [row["images_per_s"] for row in rows], color=[f"C{i % 2}" for i in range(len(rows))])
+    axis.invert_yaxis()
+    axis.set(xlabel="images/s")

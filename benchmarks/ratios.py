@@ -1,0 +1,225 @@
+"""From rows to ratios: speed-ups over the rivals, the judged table, and two files against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from adadfq.errors import InvalidInputError
+from adadfq.ops.dispatch import PREFERENCE
+from benchmarks.providers import BARE, CLONE, COMPILE, COPY, INTO, NATIVE, OURS, PLAIN, REFERENCE
+
+Row = dict[str, Any]
+
+#: Rival -> what it is called in tables.
+EAGER = "eager"
+RIVALS = (EAGER, COMPILE, NATIVE)
+
+
+def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """case -> provider -> row, of rows that have a time."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            found.setdefault(row["case"], {})[row["provider"]] = row
+    return found
+
+
+def ours(providers: dict[str, Row]) -> Row | None:
+    """The row of the backend that the dispatcher would choose: the first it prefers, else the reference."""
+    device = next(iter(providers.values()))["device"]
+    for backend in PREFERENCE.get(device, ()):
+        if (row := providers.get(OURS + backend)) is not None:
+            return row
+    return providers.get(REFERENCE)
+
+
+def rival(providers: dict[str, Row], name: str) -> Row | None:
+    """The row of a rival; "eager" is the faster of the two eager ones."""
+    if name != EAGER:
+        return providers.get(name)
+    eager = [providers[key] for key in (REFERENCE, PLAIN) if key in providers]
+    return min(eager, key=lambda row: row["p50_ms"], default=None)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians, and the spread that the 20th and 80th percentiles of both leave."""
+
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def speed_up(slow: Row, fast: Row) -> Ratio:
+    """How many times faster `fast` is than `slow`."""
+    return Ratio(slow["p20_ms"] / fast["p80_ms"], slow["p50_ms"] / fast["p50_ms"], slow["p80_ms"] / fast["p20_ms"])
+
+
+# ---------------------------------------------------------------------------------------------------------- judged
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One demand on one kind of case: provider against rival, at least so many times as fast."""
+
+    title: str
+    applies: Callable[[Row], bool]
+    rival: str
+    at_least: float
+    provider_suffix: str = ""
+    """Of another row of ours than the one that writes to a new tensor."""
+
+
+def _is_fake_quantize(row: Row) -> bool:
+    return row["op"] in ("fake_quantize", "fake_quantize_") and row["pass"] == "forward" and row["where"] != "tiny"
+
+
+def _large(row: Row) -> bool:
+    return _is_fake_quantize(row) and 50e6 <= row["nbytes"] <= 200e6
+
+
+def _small(row: Row) -> bool:
+    return _is_fake_quantize(row) and 64e3 <= row["nbytes"] <= 4e6
+
+
+def _op(op: str, *passes: str) -> Callable[[Row], bool]:
+    return lambda row: row["op"] == op and row["pass"] in passes and row["where"] != "tiny"
+
+
+def _is_resnet18_weights(row: Row) -> bool:
+    return row["op"] == "foreach_dynamic_fake_quantize" and row["where"] == "resnet18@224.weights"
+
+
+_BEST_OTHER = "best other"
+
+#: The table by which the operators are judged. Where a demand can be read in two ways, both are here.
+CRITERIA = (
+    Criterion("large, in place: of the copy", lambda r: _large(r) and r["op"] == "fake_quantize_", COPY, 0.85),
+    Criterion(
+        "large, into existing memory: of the copy", lambda r: _large(r) and r["op"] == "fake_quantize", COPY, 0.85, INTO
+    ),
+    Criterion(
+        "large, new tensor: of the copy to a new tensor",
+        lambda r: _large(r) and r["op"] == "fake_quantize",
+        CLONE,
+        0.85,
+    ),
+    Criterion(
+        "large, new tensor: of the copy into existing memory",
+        lambda r: _large(r) and r["op"] == "fake_quantize",
+        COPY,
+        0.85,
+    ),
+    Criterion(
+        "large: torch's per-channel op", lambda r: _large(r) and r["variant"].startswith("per_channel"), NATIVE, 10
+    ),
+    Criterion("large: torch.compile", _large, COMPILE, 1.0),
+    Criterion("small: best other provider", _small, _BEST_OTHER, 1.0),
+    Criterion("ResNet-18 weights: eager", _is_resnet18_weights, REFERENCE, 4),
+    Criterion("ResNet-18 weights: faster eager", _is_resnet18_weights, EAGER, 4),
+    Criterion("ResNet-18 weights: torch.compile", _is_resnet18_weights, COMPILE, 1.5),
+    Criterion("affine forward: eager", _op("affine_act_fake_quantize", "forward"), EAGER, 3),
+    Criterion("affine backward: eager", _op("affine_act_fake_quantize", "backward"), EAGER, 2.5),
+    Criterion("affine: torch.compile", _op("affine_act_fake_quantize", "forward", "backward"), COMPILE, 1.0),
+    Criterion("bn_match_forward: eager", _op("bn_match_forward", "both"), EAGER, 3),
+    Criterion("bn_match_forward: torch.compile", _op("bn_match_forward", "both"), COMPILE, 1.3),
+    Criterion("margin_loss: eager", _op("margin_loss", "both"), EAGER, 8),
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One criterion on one case; ratio is None where a row is missing."""
+
+    criterion: Criterion
+    case: str
+    ratio: Ratio | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the medians meet the demand; None without a ratio."""
+        return None if self.ratio is None else self.ratio.median >= self.criterion.at_least
+
+
+def judge(rows: Iterable[Row]) -> list[Judgement]:
+    """Every criterion on every case it applies to, by criterion."""
+    rows = list(rows)
+    timed = by_case(rows)
+    cases = {row["case"]: row for row in rows}
+    found = []
+    for criterion in CRITERIA:
+        for case, any_row in cases.items():
+            if criterion.applies(any_row):
+                found.append(Judgement(criterion, case, _judged_ratio(criterion, timed.get(case, {}))))
+    return found
+
+
+def _judged_ratio(criterion: Criterion, providers: dict[str, Row]) -> Ratio | None:
+    if not providers or (own := ours(providers)) is None:
+        return None
+    if criterion.provider_suffix:
+        own = providers.get(own["provider"] + criterion.provider_suffix)
+    if criterion.rival == _BEST_OTHER:
+        others = [
+            row for name, row in providers.items() if not name.startswith(OURS) and name not in (COPY, CLONE, BARE)
+        ]
+        other = min(others, key=lambda row: row["p50_ms"], default=None)
+    else:
+        other = rival(providers, criterion.rival)
+    return None if own is None or other is None else speed_up(other, own)
+
+
+# --------------------------------------------------------------------------------------------------------- compare
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two files: the ratios of the rows they share, and what only one of them has a time for."""
+
+    ratios: dict[tuple[str, str], Ratio]
+    """(case, provider) -> time in the first over time in the second: above 1, the second is faster."""
+    only_first: list[tuple[str, str]]
+    only_second: list[tuple[str, str]]
+    notes: list[str]
+    """What differs between the files besides the times."""
+
+
+def compare(first: dict[str, Any], second: dict[str, Any], force: bool = False) -> Comparison:
+    """Compare two files of one kind (:mod:`benchmarks.store`).
+
+    Raises:
+        InvalidInputError: they are of different kinds, or of different devices and not `force`.
+    """
+    if first["kind"] != second["kind"]:
+        raise InvalidInputError(f"the files must be of one kind, got {first['kind']} and {second['kind']}")
+    here, there = first["environment"], second["environment"]
+    notes = []
+    for key in ("device", "device_name", "cpu"):
+        if here[key] != there[key]:
+            if not force:
+                raise InvalidInputError(
+                    f"the files are of different machines ({key}: {here[key]} and {there[key]}), whose times cannot be "
+                    "compared; --force compares them all the same"
+                )
+            notes.append(f"{key}: {here[key]} and {there[key]}")
+    if here["threads"] != there["threads"]:
+        notes.append(f"threads: {here['threads']} and {there['threads']}")
+    for name in here["versions"] | there["versions"]:
+        if here["versions"].get(name) != there["versions"].get(name):
+            notes.append(f"{name}: {here['versions'].get(name)} and {there['versions'].get(name)}")
+    a, b = _timed(first), _timed(second)
+    return Comparison(
+        {key: speed_up(a[key], b[key]) for key in a if key in b},
+        [key for key in a if key not in b],
+        [key for key in b if key not in a],
+        notes,
+    )
+
+
+def _timed(content: dict[str, Any]) -> dict[tuple[str, str], Row]:
+    return {(row["case"], row["provider"]): row for row in content["rows"] if row["status"] == "ok"}

@@ -1,0 +1,167 @@
+"""Results as text: for the terminal, and for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ratios
+from benchmarks.cases import TINY
+from benchmarks.environment import machine
+from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
+from benchmarks.ratios import EAGER, RIVALS, Comparison, Row
+from benchmarks.tables import markdown_table, number, text_table
+
+
+def rows_text(rows: Sequence[Row]) -> str:
+    """Every row of one case or step."""
+    ops = "bytes_moved" in rows[0]
+    header = [
+        "provider",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        *(["GB/s", "of copy", "of clone"] if ops else ["images/s"]),
+        "peak MB",
+    ]
+    lines = []
+    for row in rows:
+        last = ["gb_per_s", "fraction_of_copy", "fraction_of_clone"] if ops else ["images_per_s"]
+        peak = row["peak_memory_bytes"]
+        values = [row["p20_ms"], row["p50_ms"], row["p80_ms"], *(row[key] for key in last)]
+        lines.append([row["provider"], *map(number, values), number(None if peak is None else peak / 1e6)])
+    table = text_table(header, lines)
+    notes = [f"  {row['provider']}: {row['status']}: {row['error']}" for row in rows if row["error"]]
+    return "\n".join([rows[0]["case"], table, *notes])
+
+
+def judged_text(rows: Iterable[Row]) -> str:
+    """Every criterion on every case it applies to; empty where none does."""
+    lines = [
+        [
+            judgement.criterion.title,
+            f">= {judgement.criterion.at_least:g}",
+            "-" if judgement.ratio is None else str(judgement.ratio),
+            {True: "met", False: "NOT MET", None: "no time"}[judgement.met],
+            judgement.case,
+        ]
+        for judgement in ratios.judge(rows)
+    ]
+    return text_table(["criterion", "demand", "times as fast (spread)", "", "case"], lines) if lines else ""
+
+
+def compare_text(comparison: Comparison, first: str, second: str) -> str:
+    """The ratios of two files, and what only one of them holds."""
+    lines = [[f"{case}  {provider}", str(ratio)] for (case, provider), ratio in comparison.ratios.items()]
+    parts = [f"note: {note}" for note in comparison.notes]
+    parts.append(f"time in {first} / time in {second}; above 1, {second} is faster")
+    parts.append(text_table(["case and provider", "ratio (spread)"], lines) if lines else "no row is in both")
+    for name, keys in ((first, comparison.only_first), (second, comparison.only_second)):
+        parts += [f"only in {name}: {case}  {provider}" for case, provider in keys]
+    return "\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+
+BEGIN = "<!-- benchmarks: begin -->"
+END = "<!-- benchmarks: end -->"
+_NOTHING = (
+    "Nothing measured yet is stored. `python -m benchmarks ops --suite judged --json benchmarks/results/ops.json`\n"
+    "measures, `python -m benchmarks readme` writes the tables and plots here."
+)
+
+
+def readme_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """What README.md holds between :data:`BEGIN` and :data:`END`, the markers included."""
+    parts = [_file_block(path, content) for path, content in stored] or [_NOTHING]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def _file_block(path: Path, content: dict[str, Any]) -> str:
+    rows = content["rows"]
+    title = f"**{machine(content['environment'])}** (`benchmarks/results/{path.name}`)"
+    parts = [title]
+    if content["kind"] == "step":
+        parts.append(_step_table(rows))
+        plots = ["step"]
+    else:
+        parts += [table for table in (_judged_table(rows), _ops_table(rows), _overhead_table(rows)) if table]
+        plots = ["speedup", "roofline"]
+    if left_out := content["left_out"]:
+        parts.append(f"{len(left_out)} cases were left out when the time was up.")
+    if wrong := sorted({f"{row['provider']} on `{row['case']}`" for row in rows if row["status"] == "wrong"}):
+        parts.append("Not right, and so without a time: " + ", ".join(wrong) + ".")
+    parts.append("\n".join(f"![{plot}](benchmarks/results/{path.stem}-{plot}.png)" for plot in plots))
+    return "\n\n".join(parts)
+
+
+def _span(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} - {high}"
+
+
+def _judged_table(rows: Sequence[Row]) -> str:
+    judged = ratios.judge(rows)
+    lines = []
+    for criterion in ratios.CRITERIA:
+        found = [judgement for judgement in judged if judgement.criterion is criterion]
+        values = [judgement.ratio.median for judgement in found if judgement.ratio is not None]
+        if found:
+            met = sum(judgement.met is True for judgement in found)
+            lines.append([criterion.title, f"{criterion.at_least:g}x", f"{_span(values)}x", f"{met} of {len(found)}"])
+    return markdown_table(["adadfq against", "wanted", "measured", "met"], lines) if lines else ""
+
+
+def _ops_table(rows: Sequence[Row]) -> str:
+    groups: dict[tuple[str, str], list[dict[str, Row]]] = {}
+    for providers in ratios.by_case(rows).values():
+        row = next(iter(providers.values()))
+        if row["where"] != TINY:
+            groups.setdefault((row["op"], row["pass"]), []).append(providers)
+    lines = []
+    for (op, pass_), cases in groups.items():
+        sizes = [next(iter(providers.values()))["nbytes"] / 1e6 for providers in cases]
+        columns = [_span(_against(cases, lambda p, name=name: ratios.rival(p, name))) for name in RIVALS]
+        copy = _span(_against(cases, lambda p: p.get(COPY)))
+        lines.append([f"`{op}` {pass_}", str(len(cases)), _span(sizes), *columns, copy])
+    header = ["operator and pass", "cases", "MB", "x eager", "x torch.compile", "x torch's own", "of the copy"]
+    return markdown_table(header, lines) if lines else ""
+
+
+def _against(cases: Iterable[dict[str, Row]], choose: Callable[[dict[str, Row]], Row | None]) -> list[float]:
+    found = []
+    for providers in cases:
+        own, other = ratios.ours(providers), choose(providers)
+        if own is not None and other is not None:
+            found.append(other["p50_ms"] / own["p50_ms"])
+    return found
+
+
+def _overhead_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for case, providers in ratios.by_case(row for row in rows if row["where"] == TINY).items():
+        own = ratios.ours(providers)
+        others = [ratios.rival(providers, name) for name in (EAGER, COMPILE, NATIVE, BARE)]
+        cells = [number(None if row is None else row["p50_ms"] * 1e3) for row in (own, *others)]
+        op, *_, pass_ = case.split("/")
+        lines.append([f"`{op}` {'forward + backward' if pass_ == 'both' else pass_}", *cells])
+    header = ["one call on next to no data, us", "adadfq", "eager", "torch.compile", "torch's own", "`x * 1`"]
+    return markdown_table(header, lines) if lines else ""
+
+
+def _step_table(rows: Sequence[Row]) -> str:
+    slowest = {row["case"]: row for row in rows if row["status"] == "ok"}
+    lines = []
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        other = slowest[row["case"]]
+        peak = number(row["peak_memory_bytes"] / 1e6)
+        ratio = number(other["p50_ms"] / row["p50_ms"])
+        cells = [number(row["p50_ms"]), number(row["images_per_s"]), f"{ratio}x", peak]
+        lines.append([f"`{row['case']}`", row["provider"], *cells])
+    header = ["one step", "", "ms", "images/s", f"against {rows[-1]['provider'] if rows else 'the last'}", "peak MB"]
+    return markdown_table(header, lines) if lines else ""
