@@ -38,7 +38,7 @@ def measure_case(
     """Check the providers, time those that are right, and measure their memory."""
     device = problem.args[0].device
     oracle = Oracle(problem, case.pass_)
-    verdicts = {provider.name: _verdict(provider, oracle) for provider in built}
+    verdicts = {provider.name: verdict(provider, oracle) for provider in built}
     del oracle
     right = [provider for provider in built if verdicts[provider.name][0] == "ok"]
     samples = timing.measure(right, device, rounds, seconds)
@@ -94,8 +94,8 @@ def measure_case(
     return rows
 
 
-def _verdict(provider: Provider, oracle: Oracle) -> tuple[str, str | None]:
-    """("ok", None), or why the provider is not timed."""
+def verdict(provider: Provider, oracle: Oracle) -> tuple[str, str | None]:
+    """("ok", None), or why the provider is not timed: ("wrong" or "unavailable", reason)."""
     if provider.results is None:
         return "ok", None
     try:

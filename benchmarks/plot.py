@@ -52,13 +52,24 @@ def _save(
 ) -> Path:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(8, 4.5 * columns), 1 + 3.5 * rows if rows * columns > 1 else 5), layout="constrained")
+    figure = Figure(figsize=(max(10, 4.5 * columns), 1 + 3.5 * rows if rows * columns > 1 else 5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     draw(content, axes)
     figure.suptitle(machine(content["environment"]), fontsize=9)
     # No creation date or version of matplotlib: the same results give the same file.
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
+
+
+def _logarithmic(axis: Any) -> None:
+    """Logarithmic in both directions, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for scale, side in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
+        scale("log")
+        side.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter(NullFormatter())
 
 
 def _speed_up(content: dict[str, Any], axes: Sequence[Any]) -> None:
@@ -78,7 +89,8 @@ def _speed_up(content: dict[str, Any], axes: Sequence[Any]) -> None:
             color = f"C{RIVALS.index(name)}"
             axis.plot(*zip(*values, strict=True), _MARKERS[pass_], color=color, label=f"{name}, {pass_}", alpha=0.7)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", title=op, xlabel="main tensor, MB", ylabel="times as fast")
+        _logarithmic(axis)
+        axis.set(title=op, xlabel="main tensor, MB", ylabel="times as fast")
         if field:
             axis.legend(fontsize=7)
     for axis in axes[len(points) :]:
@@ -108,8 +120,9 @@ def _roofline(content: dict[str, Any], axes: Sequence[Any]) -> None:
                     values.append((own["bytes_moved"] / 1e6, own["gb_per_s"]))
             if values:
                 axis.plot(*zip(*values, strict=True), marker, color=f"C{i}", label=f"{op}, {pass_}", alpha=0.7)
-    axis.set(xscale="log", yscale="log", xlabel="bytes moved, MB", ylabel="GB/s")
-    axis.legend(fontsize=6, ncols=2)
+    _logarithmic(axis)
+    axis.set(xlabel="bytes moved, MB", ylabel="GB/s")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _step(content: dict[str, Any], axes: Sequence[Any]) -> None:

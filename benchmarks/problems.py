@@ -46,8 +46,9 @@ class Problem:
     """Gradients of the first outputs, for backward passes."""
     mutated: list[int] = field(default_factory=list)
     """Positions of the arguments the functions write to."""
-    state: list[int] = field(default_factory=list)
-    """Positions of the arguments whose dtype is part of the operator; the oracle gets them unconverted."""
+    oracle_dtype: torch.dtype | None = torch.float64
+    """What the oracle computes in. None is the operator's own: where ranges come from 16-bit data, -lo / scale often is
+    exactly between two zero points, and float64 finds the other one."""
     steps: Callable[[Outputs], list[Tensor]] = field(default=lambda outputs: [])
     """Quantisation steps of the first outputs, broadcast against them, from all outputs of the oracle."""
     kink: bool = False
@@ -147,6 +148,7 @@ def _dynamic_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
         plain=lambda x: plain.dynamic_fake_quantize(x, BITS),
         wanted=[0],
         grads=[inputs.normal(shape)],
+        oracle_dtype=None,
         steps=lambda outputs: [_rows(outputs[1], shape)],
     )
 
@@ -162,6 +164,7 @@ def _foreach_dynamic_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
         plain=lambda *tensors: plain.foreach_dynamic_fake_quantize(tensors, BITS),
         wanted=list(range(len(case.shapes))),
         grads=[inputs.normal(shape) for shape in case.shapes],
+        oracle_dtype=None,
         steps=lambda outputs: [
             _rows(scale, shape) for scale, shape in zip(outputs[len(case.shapes) :], case.shapes, strict=False)
         ],
@@ -192,7 +195,7 @@ def _observe_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
         wanted=[0],
         grads=[inputs.normal(shape)],
         mutated=[1, 2, 3, 4, 5],
-        state=[1, 2, 3, 4, 5],
+        oracle_dtype=None,
         steps=lambda outputs: [outputs[4]],
     )
 

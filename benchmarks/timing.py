@@ -41,18 +41,15 @@ def measure(providers: Sequence[Provider], device: torch.device, rounds: int, se
     An untimed call of the same provider goes before each sample, as in a loop: a virtual machine may hand freed memory
     back to its host within seconds, and getting it again costs more than anything measured here.
     """
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    clock = clock_of(device)
     samples = {}
     round_seconds = 0.0
     with _quiet():
         for provider in providers:
             with provider.active():
-                provider.call()
-                once = max(clock(provider.call, 1), 1e-9)
-                if once < MIN_SAMPLE:  # the first guess is cold
-                    once = max(clock(provider.call, 8), 1e-9)
-            samples[provider.name] = Samples(min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE / once))))
-            round_seconds += once * (samples[provider.name].repeats + 1)
+                repeats, once = repeats_for(provider.call, clock)
+            samples[provider.name] = Samples(repeats)
+            round_seconds += once * (repeats + 1)
         rounds = max(MIN_ROUNDS, min(rounds, int(seconds / round_seconds)))
         for i in range(rounds):
             # Another provider begins each round, so that none always follows the same one.
@@ -62,6 +59,24 @@ def measure(providers: Sequence[Provider], device: torch.device, rounds: int, se
                     provider.call()
                     kept.values.append(clock(provider.call, kept.repeats))
     return samples
+
+
+Clock = Callable[[Callable[[], Any], int], float]
+
+
+def clock_of(device: torch.device) -> Clock:
+    """What times so many calls and gives the seconds of one; on a GPU between two events."""
+    return _cuda_seconds if device.type == "cuda" else _cpu_seconds
+
+
+def repeats_for(call: Callable[[], Any], clock: Clock) -> tuple[int, float]:
+    """(calls in a sample, seconds of one of them), after an untimed one."""
+    call()
+    once = clock(call, 1)
+    if once < MIN_SAMPLE:  # the first guess is cold
+        once = clock(call, 8)
+    once = max(once, 1e-9)
+    return min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE / once))), once
 
 
 def _cpu_seconds(call: Callable[[], Any], repeats: int) -> float:

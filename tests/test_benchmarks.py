@@ -1,0 +1,666 @@
+"""The benchmark suite: its registry, that wrong results get no time, its files, and its commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor, nn
+
+import adadfq
+from adadfq.errors import InvalidInputError
+from adadfq.ops.schema import OPERATORS
+from benchmarks import cases, memory, networks, ops, plot, problems, providers, ratios, readme, step, store, timing
+from benchmarks.__main__ import main
+from benchmarks.cases import Case, registry, select
+from benchmarks.check import Oracle
+from benchmarks.environment import describe, machine
+from benchmarks.providers import CLONE, COMPILE, COPY, NATIVE, PLAIN, REFERENCE
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SMALL = "fake_quantize/per_channel/resnet20@32.layer3.0.conv1/b16/float32/channels_last/forward"
+
+
+def case_named(name: str) -> Case:
+    (case,) = [case for case in registry() if case.name == name]
+    return case
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, Any]:
+    return describe(CPU)
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+def observed_layers(model: nn.Module, size: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Name -> (shape of the weight, shape of the output without the batch), in the order they run."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+
+            def hook(module: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
+                found[name] = (tuple(module.weight.shape), tuple(output.shape[1:]))
+
+            module.register_forward_hook(hook)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    return found
+
+
+def table(network: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    return {layer.name: (layer.weight, layer.output) for layer in networks.layers(network)}
+
+
+def test_resnet20_is_the_built_in_one() -> None:
+    assert table("resnet20@32") == observed_layers(adadfq.build_model("resnet20"), 32)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_networks_are_torchvisions(name: str, torchvision_models: ModuleType) -> None:
+    assert table(name.replace("_", "") + "@224") == observed_layers(getattr(torchvision_models, name)(), 224)
+
+
+def test_residuals_and_activations() -> None:
+    layers = {layer.name: layer for layer in networks.layers("mobilenetv2@224")}
+    residual = [name for name, layer in layers.items() if layer.residual]
+    assert len(layers) == 53 and len(residual) == 10 and all(layers[name].act == "none" for name in residual)
+    assert sum(layer.residual for layer in networks.layers("resnet18@224")) == 8
+    assert sum(layer.act == "relu" for layer in networks.layers("resnet20@32")) == 19
+
+
+# -------------------------------------------------------------------------------------------------------- registry
+
+
+def test_every_operator_is_in_the_registry() -> None:
+    forward = {name for name in OPERATORS if not name.endswith("_backward")}
+    assert set(cases.OPERATORS) == forward
+    for op, passes in cases.OPERATORS.items():
+        assert {case.pass_ for case in registry() if case.op == op} == set(passes)
+        for suite in cases.SUITES:
+            assert select(suite, [op]), (suite, op)
+
+
+def test_names_are_unique_and_every_layer_is_found_by_its_own() -> None:
+    names = [case.name for case in registry()]
+    assert len(set(names)) == len(names)
+    found = {alias: case for case in registry() for alias in case.aliases}
+    for network in networks.NETWORKS:
+        for layer in networks.convolutions(network):
+            for batch in (16, 128):
+                where = f"{network}.{layer.name}/b{batch}/float16/channels_last/both"
+                assert found[f"bn_match/-/{where}"].shapes == ((batch, *layer.output),)
+        for layer in networks.layers(network):
+            case = found[f"dynamic_fake_quantize/axis0/{network}.{layer.name}.weight/float32/contiguous/forward"]
+            assert case.shapes == (layer.weight,)
+    # One case goes by the first layer's name and is selected by the other's.
+    (case,) = select("full", ["bn_match"], ["resnet18@224.layer3.1.conv2/b16/float32/contiguous/both"])
+    assert case.where == "resnet18@224.layer3.0.conv1/b16"
+
+
+def test_the_judged_suite_holds_what_is_judged() -> None:
+    chosen = select("judged")
+    quantize = [case for case in chosen if case.op in ("fake_quantize", "fake_quantize_") and case.where != "tiny"]
+    large = [case for case in quantize if 50e6 <= case.nbytes <= 200e6]
+    keys = {(case.op, case.variant, case.dtype, case.layout) for case in large}
+    assert len(keys) == 2**4 == len(large)
+    sizes = sorted({case.nbytes for case in quantize if case not in large})
+    assert sizes[0] < 100e3 and sizes[-1] > 3e6 and all(64e3 <= size <= 4e6 for size in sizes)
+    weights = select("judged", ["foreach_dynamic_fake_quantize"], ["resnet18"])
+    assert [case.shapes for case in weights] == [tuple(layer.weight for layer in networks.layers("resnet18@224"))]
+    assert {case.shapes[0] for case in select("judged", ["margin_loss"], ["logits"])} >= {(16, 10), (256, 1000)}
+    # Every pattern still names something, and every demand has a case.
+    rows = [{"op": c.op, "pass": c.pass_, "where": c.where, "nbytes": c.nbytes, "variant": c.variant} for c in chosen]
+    for criterion in ratios.CRITERIA:
+        assert any(criterion.applies(row) for row in rows), criterion.title
+    names = [case.name for case in registry()]
+    for patterns in cases._PATTERNS.values():
+        for pattern in patterns:
+            assert any(cases.fnmatchcase(name, pattern) for name in names), pattern
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (SMALL, 2 * 4 * 16 * 64 * 8 * 8),
+        ("fake_quantize/per_tensor_clip/resnet20@32.layer3.0.conv1/b16/bfloat16/contiguous/backward", 3 * 2 * 65536),
+        ("fake_quantize/per_tensor_clip/resnet20@32.layer3.0.conv1/b16/float32/contiguous/both", 5 * 4 * 65536),
+        ("affine_act_fake_quantize/relu/resnet20@32.layer3.0.conv1/b16/float32/contiguous/forward", 2 * 4 * 65536),
+        (
+            "affine_act_fake_quantize/relu_residual/resnet20@32.layer3.0.conv2/b16/float32/contiguous/forward",
+            3 * 4 * 65536,
+        ),
+        (
+            "affine_act_fake_quantize/relu_residual_trained/resnet20@32.layer3.0.conv2/b16/float32/contiguous/backward",
+            5 * 4 * 65536,
+        ),
+        ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/forward", 2 * 4 * 65536),
+        ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/backward", 3 * 4 * 65536),
+        ("foreach_dynamic_fake_quantize/axis0/resnet20@32.weights/float32/contiguous/forward", 2 * 4 * 268336),
+    ],
+)
+def test_bytes_moved(name: str, expected: int) -> None:
+    case = case_named(name)
+    assert case.bytes_moved == expected
+    problem = problems.make(case, CPU)
+    for copy in providers.build(case, problem, [COPY, CLONE]):
+        assert 2 * copy.call().nbytes == expected
+
+
+def test_selection_says_what_is_wrong() -> None:
+    for arguments in (("fast",), ("full", ["quantize"]), ("full", [], ["resnet19"])):
+        with pytest.raises(InvalidInputError):
+            select(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------- right or not
+
+
+def smallest_cases() -> list[Case]:
+    """For every operator, variant and pass the smallest case, in float32 and bfloat16."""
+    found: dict[tuple[str, ...], Case] = {}
+    for case in registry():
+        key = (case.op, case.variant, case.pass_, case.dtype)
+        if case.where != "tiny" and case.dtype != "float16" and (key not in found or case.numel < found[key].numel):
+            found[key] = case
+    return list(found.values())
+
+
+@pytest.mark.parametrize("case", smallest_cases(), ids=lambda case: case.name)
+def test_every_provider_is_right(case: Case) -> None:
+    problem = problems.make(case, CPU)
+    oracle = Oracle(problem, case.pass_)
+    names = [name for name in providers.names(case, "cpu") if name != COMPILE]
+    assert {REFERENCE, PLAIN, COPY, CLONE} <= set(names)
+    for provider in providers.build(case, problem, names):
+        assert ops.verdict(provider, oracle) == ("ok", None), provider.name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_provider_is_right() -> None:
+    case = case_named("fake_quantize/per_tensor/tiny/float32/contiguous/both")
+    problem = problems.make(case, CPU)
+    (provider,) = providers.build(case, problem, [COMPILE])
+    assert ops.verdict(provider, Oracle(problem, case.pass_)) == ("ok", None)
+
+
+def off_by_a_step(x: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, ...]:
+    x_hat = torch.fake_quantize_per_channel_affine(x, scale, zero_point, 1, 0, 15)
+    return (x_hat + scale.view(1, -1, 1, 1) * (torch.rand(x.shape, generator=torch.Generator()) < 0.01),)
+
+
+def one_nan(x: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, ...]:
+    x_hat = torch.fake_quantize_per_channel_affine(x, scale, zero_point, 1, 0, 15)
+    x_hat[0, 0, 0, 0] = float("nan")
+    return (x_hat,)
+
+
+def raising(*_: Tensor) -> tuple[Tensor, ...]:
+    raise ValueError("no kernel today\nsecond line")
+
+
+WRONG: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "identity": (lambda x, s, z: (x.clone(),), "wrong", "more than one step"),
+    "twice": (lambda x, s, z: (2 * torch.fake_quantize_per_channel_affine(x, s, z, 1, 0, 15),), "wrong", "more than"),
+    "steps": (off_by_a_step, "wrong", "too many to be rounding ties"),
+    "nan": (one_nan, "wrong", "off"),
+    "shape": (lambda x, s, z: (x[:1],), "wrong", "has shape"),
+    "count": (lambda x, s, z: (x, x), "wrong", "gives 2 results"),
+    "raising": (raising, "unavailable", "ValueError: no kernel today"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_provider_gets_no_time(name: str, environment: dict[str, Any]) -> None:
+    function, status, error = WRONG[name]
+    case = case_named(SMALL)
+    problem = problems.make(case, CPU)
+    wrong = providers.from_function(name, case, problem, function)
+    built = [wrong, *providers.build(case, problem, [REFERENCE, COPY, CLONE])]
+    rows = ops.measure_case(case, problem, built, environment, 5, 0)
+    first, *others = rows
+    assert first["status"] == status and error in first["error"] and "second line" not in first["error"]
+    timed = ("rounds", "p20_ms", "p50_ms", "p80_ms", "gb_per_s", "fraction_of_copy", "peak_memory_bytes")
+    assert all(first[key] is None for key in timed)
+    assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in others)
+
+
+@pytest.mark.parametrize("pass_", ["backward", "both"])
+def test_a_wrong_gradient_gets_no_time(pass_: str) -> None:
+    case = case_named(f"bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/{pass_}")
+    problem = problems.make(case, CPU)
+
+    def loss_detached(*args: Tensor) -> tuple[Tensor, ...]:
+        y, loss = problem.plain(*args)
+        return y, loss.detach() + 0 * y.sum()
+
+    provider = providers.from_function("no gradient of the loss", case, problem, loss_detached)
+    assert ops.verdict(provider, Oracle(problem, pass_))[0] == "wrong"
+
+
+def test_a_backend_of_ours_that_raises_is_wrong() -> None:
+    case = case_named(SMALL)
+    problem = problems.make(case, CPU)
+    provider = providers.from_function("adadfq cpu", case, problem, raising, backend="cpu")
+    assert ops.verdict(provider, Oracle(problem, "forward"))[0] == "wrong"
+
+
+def test_the_command_fails_where_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(problems.plain, "fake_quantize", lambda x, *_: x.clone())
+    path = tmp_path / "wrong.json"
+    result = run(
+        *("ops", "--suite", "full", "--filter", SMALL, "--providers", "eager*", "--threads", "1", "--seconds", "0"),
+        *("--json", str(path)),
+    )
+    assert result.exit_code == 1 and f"wrong: {PLAIN} on {SMALL}" in result.output
+    by_provider = {row["provider"]: row for row in store.read(path)["rows"]}
+    assert by_provider[PLAIN]["p50_ms"] is None and by_provider[REFERENCE]["p50_ms"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ timing and memory
+
+
+def test_providers_take_turns() -> None:
+    calls: list[str] = []
+
+    def slow(name: str) -> Callable[[], None]:
+        def call() -> None:
+            calls.append(name)
+            timing.time.sleep(2 * timing.MIN_SAMPLE)
+
+        return call
+
+    built = [providers.Provider(name, slow(name)) for name in "abc"]
+    samples = timing.measure(built, CPU, 7, 100.0)
+    assert [len(kept.values) for kept in samples.values()] == [7] * 3
+    # After the first look at each, every provider has an untimed and a timed call a round.
+    rounds = calls[-7 * 6 :]
+    for i in range(7):
+        turn = rounds[6 * i : 6 * i + 6]
+        assert turn[::2] == turn[1::2] and sorted(turn[::2]) == ["a", "b", "c"]
+    low, median, high = samples["a"].quantiles()
+    assert timing.MIN_SAMPLE < low <= median <= high < 1
+
+
+def test_short_calls_are_repeated_and_rounds_have_a_floor() -> None:
+    samples = timing.measure([providers.Provider("nothing", lambda: None)], CPU, 21, 0.0)["nothing"]
+    assert samples.repeats > 10 and len(samples.values) == timing.MIN_ROUNDS
+
+
+def test_peak_memory(environment: dict[str, Any]) -> None:
+    case = case_named(SMALL)
+    inplace = case_named(SMALL.replace("fake_quantize/", "fake_quantize_/"))
+    peaks = {}
+    for chosen in (case, inplace):
+        problem = problems.make(chosen, CPU)
+        for provider in providers.build(chosen, problem, providers.names(chosen, "cpu", ("adadfq*", "eager*"))):
+            with provider.active():
+                provider.call()
+                peaks[chosen.op, provider.name] = memory.peak_bytes(provider.call, CPU)
+    assert peaks["fake_quantize", "adadfq cpu"] == case.nbytes
+    assert peaks["fake_quantize", REFERENCE] >= 3 * case.nbytes
+    assert peaks["fake_quantize", CLONE] == case.nbytes and peaks["fake_quantize", COPY] == 0
+    assert peaks["fake_quantize_", PLAIN] < case.nbytes / 10
+
+
+def test_the_backend_is_forced_only_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADADFQ_BACKEND", "cpu")
+    with providers.Provider("", lambda: None, backend="reference").active():
+        assert adadfq.ops.dispatch.forced_backend() == "reference"
+    assert os.environ["ADADFQ_BACKEND"] == "cpu"
+    monkeypatch.delenv("ADADFQ_BACKEND")
+    with providers.Provider("", lambda: None, backend="reference").active():
+        assert adadfq.ops.dispatch.forced_backend() == "reference"
+    assert "ADADFQ_BACKEND" not in os.environ
+
+
+def test_into_existing_memory_writes_there() -> None:
+    # Listed from 32 MB on; right at any size.
+    case = case_named(SMALL)
+    problem = problems.make(case, CPU)
+    (provider,) = providers.build(case, problem, ["adadfq cpu" + providers.INTO])
+    assert ops.verdict(provider, Oracle(problem, "forward")) == ("ok", None)
+    with provider.active():
+        assert provider.call()[0].data_ptr() == provider.call()[0].data_ptr()
+    large = select("judged", ["fake_quantize"], ["b128"])[0]
+    assert "adadfq cpu" + providers.INTO in providers.names(large, "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a few cheap cases, made by the command."""
+    path = tmp_path_factory.mktemp("results") / "ops.json"
+    result = run(
+        *("ops", "--filter", "*/tiny/*", "--ops", "fake_quantize,fake_quantize_,margin_loss", "--threads", "1"),
+        *("--providers", "adadfq*,eager*,torch,x*", "--seconds", "0", "--json", str(path)),
+    )
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_rows_have_all_fields_and_survive_json(measured: Path, tmp_path: Path) -> None:
+    content = store.read(measured)
+    assert {row["op"] for row in content["rows"]} == {"fake_quantize", "fake_quantize_", "margin_loss"}
+    for row in content["rows"]:
+        assert set(row) == set(store.FIELDS["ops"])
+        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["p50_ms"] / 1e6)
+        assert row["device_name"] and row["threads"] == 1 and row["versions"]["torch"] == torch.__version__
+    copies = {row["case"]: row["p50_ms"] for row in content["rows"] if row["provider"] == COPY}
+    for row in content["rows"]:
+        assert row["fraction_of_copy"] == pytest.approx(copies[row["case"]] / row["p50_ms"])
+    names = {row["provider"] for row in content["rows"]}
+    assert {"adadfq cpu", NATIVE, REFERENCE, PLAIN, COPY, CLONE, providers.BARE} == names
+    store.write(tmp_path / "again.json", content)
+    assert store.read(tmp_path / "again.json") == content
+    assert (tmp_path / "again.json").read_bytes() == measured.read_bytes()
+
+
+def test_nothing_names_the_machine_or_a_path(environment: dict[str, Any]) -> None:
+    text = json.dumps(environment)
+    assert str(Path.home()) not in text and str(ROOT) not in text
+    if len(socket.gethostname()) > 5:
+        assert socket.gethostname() not in text
+    assert environment["device_name"] in machine(environment) and torch.__version__ in machine(environment)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format="other"), "format"),
+        (lambda c: c.update(version=0), "version"),
+        (lambda c: c.update(kind="speed"), "kind"),
+        (lambda c: c["rows"][0].pop("p50_ms"), "missing fields ['p50_ms']"),
+        (lambda c: c["rows"][0].update(extra=1), "unknown fields ['extra']"),
+        (lambda c: c["rows"][0].update(p50_ms="1"), "p50_ms must be float"),
+        (lambda c: c["rows"][0].update(status="wrong"), "only there"),
+        (lambda c: c["environment"].update(threads=None), "threads must be int"),
+    ],
+)
+def test_an_invalid_file_is_refused(measured: Path, tmp_path: Path, change: Any, message: str) -> None:
+    content = json.loads(measured.read_text())
+    change(content)
+    with pytest.raises(InvalidInputError) as error:
+        store.write(tmp_path / "bad.json", content)
+    assert message in str(error.value) and not (tmp_path / "bad.json").exists()
+
+
+def hand_made(times: dict[tuple[str, str], tuple[float, float, float]], like: Path) -> dict[str, Any]:
+    """A file with these (case, provider) -> (p20, p50, p80)."""
+    content = store.read(like)
+    template = content["rows"][0]
+    content["rows"] = [
+        template
+        | {"case": case, "provider": provider, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "status": "ok"}
+        | {"op": case.split("/")[0], "pass": case.split("/")[-1], "where": "here"}
+        for (case, provider), (p20, p50, p80) in times.items()
+    ]
+    return content
+
+
+def test_compare(measured: Path, tmp_path: Path) -> None:
+    first = hand_made({("a/forward", "x"): (4.0, 5.0, 6.0), ("gone/forward", "x"): (1.0, 1.0, 1.0)}, measured)
+    second = hand_made({("a/forward", "x"): (2.0, 2.5, 4.0), ("new/forward", "x"): (1.0, 1.0, 1.0)}, measured)
+    result = ratios.compare(first, second)
+    assert result.ratios == {("a/forward", "x"): ratios.Ratio(1.0, 2.0, 3.0)}
+    assert result.only_first == [("gone/forward", "x")] and result.only_second == [("new/forward", "x")]
+    assert result.notes == []
+
+    second["environment"]["threads"] = 9
+    second["environment"]["versions"]["torch"] = "0.1"
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    store.write(a, first)
+    store.write(b, second)
+    output = run("compare", str(a), str(b))
+    assert output.exit_code == 0 and "2.00 (1.00-3.00)" in output.output
+    assert "threads: 1 and 9" in output.output and f"torch: {torch.__version__} and 0.1" in output.output
+    assert "only in a.json: gone/forward  x" in output.output and "only in b.json: new/forward  x" in output.output
+
+    second["environment"]["device_name"] = "Another"
+    store.write(b, second)
+    refused = run("compare", str(a), str(b))
+    assert refused.exit_code == 2 and "different machines" in refused.output and "--force" in refused.output
+    assert "2.00 (1.00-3.00)" in run("compare", "--force", str(a), str(b)).output
+
+
+def test_judged_ratios_take_the_faster_eager(measured: Path, tmp_path: Path) -> None:
+    case = "margin_loss/both"
+    times = {(case, REFERENCE): (20.0, 20.0, 20.0), (case, PLAIN): (10.0, 10.0, 10.0), (case, "adadfq cpu"): (1, 1, 2)}
+    (judgement,) = ratios.judge(hand_made(times, measured)["rows"])
+    assert judgement.ratio == ratios.Ratio(5.0, 10.0, 10.0) and judgement.met is True
+    times[case, PLAIN] = (7.0, 7.0, 7.0)
+    content = hand_made(times, measured)
+    (judgement,) = ratios.judge(content["rows"])
+    assert judgement.met is False
+    store.write(tmp_path / "judged.json", content)
+    result = run("judge", str(tmp_path / "judged.json"))
+    assert result.exit_code == 1 and "NOT MET" in result.output
+    # Without a kernel the reference is what a user gets.
+    del times[case, "adadfq cpu"]
+    (judgement,) = ratios.judge(hand_made(times, measured)["rows"])
+    assert judgement.ratio == ratios.Ratio(0.35, 0.35, 0.35)
+
+
+def test_plots(measured: Path, tmp_path: Path) -> None:
+    result = run("plot", str(measured), "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for name in ("ops-speedup.png", "ops-roofline.png"):
+        data = (tmp_path / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    assert run("plot", str(measured), "--out", str(tmp_path / "nowhere")).exit_code == 2
+    content = store.read(measured)
+    content["rows"] = []
+    with pytest.raises(InvalidInputError, match="no row has a time"):
+        plot.plot(content, "empty", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+
+
+def test_readme_is_made_from_the_stored_files(measured: Path, tmp_path: Path) -> None:
+    page, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    assert readme.stale(page, results)
+    assert readme.update(page, results) == [page]
+    assert "Nothing measured yet is stored" in page.read_text() and readme.stale(page, results) == []
+
+    shutil.copy(measured, results / "ops.json")
+    assert readme.stale(page, results)
+    assert {path.name for path in readme.update(page, results)} == {"README.md", "ops-speedup.png", "ops-roofline.png"}
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert machine(store.read(measured)["environment"]) in text and "`margin_loss` forward + backward" in text
+    assert "](benchmarks/results/ops-speedup.png)" in text
+    assert readme.stale(page, results) == []
+    (results / "ops-roofline.png").unlink()
+    assert readme.stale(page, results) == ["ops-roofline.png is missing"]
+
+    page.write_text("no markers")
+    with pytest.raises(InvalidInputError, match="must hold"):
+        readme.update(page, results)
+
+
+def test_readme_shows_what_is_stored() -> None:
+    result = run("readme", "--check")
+    assert result.exit_code == 0, result.output
+
+
+def test_readme_is_checked_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "stale", lambda: ["README.md does not show the stored results"])
+    result = run("readme", "--check")
+    assert result.exit_code == 1 and "python -m benchmarks readme" in result.output
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def test_list() -> None:
+    result = run("list", "--suite", "full", "--filter", "resnet18@224.layer3.0.conv1/b16/", "--ops", "bn_match")
+    names = [line.split()[0] for line in result.output.splitlines() if line.startswith("bn_match/")]
+    assert result.exit_code == 0 and len(names) == 3 * 2 * 3 and "adadfq cpu" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ops", "--suite", "fast"), "suite must be one of quick, judged, full, got 'fast'"),
+        (("ops", "--ops", "quantize"), "ops must be among"),
+        (("ops", "--filter", "nothing"), "no case of suite quick fits"),
+        (("ops", "--providers", "adadfq*,fastest"), "'fastest' fits none of"),
+        (("ops", "--device", "tpu"), "device must be cpu or cuda"),
+        (("ops", "--threads", "0"), "threads must be at least 1"),
+        (("ops", "--json", "/nowhere/at/all.json", "--filter", "tiny"), "the directory /nowhere/at does not exist"),
+        (("compare", "a.json", "b.json"), "a.json cannot be read"),
+        (("step", "--model", "resnet21"), "did you mean"),
+        (("list", "--device", "cuda", "--kernels-only"), "no backend but the reference"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = run(*arguments)
+    assert result.exit_code == 2 and message in result.output
+    assert result.output.count("error: ") == 1 and "Traceback" not in result.output
+
+
+def test_a_limit_leaves_cases_out_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "partial.json"
+    result = run(
+        *("ops", "--filter", "tiny", "--ops", "margin_loss,entropy_distillation", "--providers", "adadfq*"),
+        *("--threads", "1", "--seconds", "0", "--limit", "0", "--json", str(path)),
+    )
+    content = store.read(path)
+    assert result.exit_code == 0 and "2 of 2 cases were not run" in result.output
+    assert len(content["left_out"]) == 2 and content["rows"] == []
+
+
+def test_step(environment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = step.Setting(image_size=8, batch_size=4)
+    content = store.document("step", environment, {})
+    content["rows"] = step.run_step(setting, CPU, environment, 5, 0)
+    store.write(tmp_path / "step.json", content)
+    ours, reference = content["rows"]
+    assert (ours["provider"], reference["provider"]) == ("adadfq", REFERENCE)
+    assert ours["status"] == reference["status"] == "ok", (ours["error"], reference["error"])
+    assert ours["images_per_s"] == pytest.approx(4e3 / ours["p50_ms"]) and ours["peak_memory_bytes"] > 1e5
+    assert ours["case"] == "step/resnet20@8/b4/w4a4"
+    assert [path.name for path in plot.plot(content, "step", tmp_path)] == ["step-step.png"]
+
+    def other_bits(setting: step.Setting, device: torch.device) -> providers.Provider:
+        player = step._Player(dataclasses.replace(setting, act_bits=2), device)
+        return providers.Provider("two bits", player, player.first_step)
+
+    monkeypatch.setattr(step, "PLAYERS", {"two bits": other_bits, **step.PLAYERS})
+    wrong = step.run_step(setting, CPU, environment, 5, 0)[0]
+    assert wrong["status"] == "wrong" and wrong["p50_ms"] is None and "of the first step" in wrong["error"]
+
+
+def test_pytest_runs_benchmarks_only_when_asked() -> None:
+    assert '\ntestpaths = ["tests"]\n' in (ROOT / "pyproject.toml").read_text()
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only", "--threads", "1"]
+    command += ["-p", "no:cacheprovider", "--ops", "margin_loss", "--filter", "tiny", "--providers", "adadfq*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- gpu.sh
+
+
+def gpu_sh(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
+    return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, cwd=ROOT)
+
+
+STAGES = ("build", "tests", "sanitizer", "bench")
+
+
+def test_gpu_sh_dry_run() -> None:
+    done = gpu_sh("--dry-run", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    limits = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("stage ")]
+    assert len(limits) == len(STAGES) and sum(limits) < 600
+    for text in (
+        "pip install",
+        "-m gpu tests",
+        "compute-sanitizer --tool racecheck",
+        "-m benchmarks ops --device cuda",
+    ):
+        assert text in done.stdout
+
+
+@pytest.fixture
+def machinery(tmp_path: Path) -> Path:
+    """Stand-ins for Python and compute-sanitizer that log their arguments, and fail where a file "fail" says so."""
+    for name in ("python", "compute-sanitizer"):
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(
+            f'#!/bin/sh\necho "{name} $*" >>"{tmp_path}/log"\n'
+            f'if [ -f "{tmp_path}/fail" ] && echo "$*" | grep -q -f "{tmp_path}/fail"; then exit 5; fi\n'
+        )
+        script.chmod(0o755)
+    return tmp_path
+
+
+def test_gpu_sh_goes_on_where_it_stopped(machinery: Path) -> None:
+    results, log, fail = machinery / "results", machinery / "log", machinery / "fail"
+    environ = {"PATH": f"{machinery / 'bin'}:{os.environ['PATH']}", "PYTHON": "python"}
+    fail.write_text("pytest -q -m gpu tests\n")
+    first = gpu_sh(str(results), **environ)
+    assert first.returncode == 1 and "stage tests failed (5)" in first.stderr
+    assert [(results / f".stage-{stage}").exists() for stage in STAGES] == [True, False, False, False]
+
+    fail.unlink()
+    log.unlink()
+    second = gpu_sh(str(results), **environ)
+    assert second.returncode == 0, second.stderr
+    assert "stage build: done at this commit, skipped" in second.stdout
+    assert "pip install" not in log.read_text() and log.read_text().count("compute-sanitizer --tool") == 4
+    assert all((results / f".stage-{stage}").exists() for stage in STAGES)
+    assert gpu_sh(str(results), **environ).stdout.count("skipped") == 4
+
+    # Stamps of another commit do not count; --only, --from and --fresh run what they say.
+    (results / ".stage-bench").write_text("another\n")
+    done = gpu_sh(str(results), **environ)
+    assert done.stdout.count("skipped") == 3 and "stage bench: at most" in done.stdout
+    assert gpu_sh("--only", "tests", str(results), **environ).stdout.count("not asked for") == 3
+    done = gpu_sh("--from", "sanitizer", str(results), **environ)
+    assert done.stdout.count("not asked for") == 2 and done.stdout.count("at most") == 2
+    assert gpu_sh("--fresh", str(results), **environ).stdout.count("at most") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "compile"), "--only must be followed by one of build tests sanitizer bench, got 'compile'"),
+        (("--only", "build", "--from", "tests"), "exclude each other"),
+        (("--quick",), "unknown option --quick"),
+        (("a", "b"), "one results directory is enough"),
+    ],
+)
+def test_gpu_sh_says_what_is_wrong(arguments: tuple[str, ...], message: str) -> None:
+    done = gpu_sh(*arguments, PYTHON="python-that-is-not-there")
+    assert done.returncode == 1 and message in done.stderr
