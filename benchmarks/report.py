@@ -40,15 +40,15 @@ def judged_text(rows: Iterable[Row]) -> str:
     """Every criterion on every case it applies to; empty where none does."""
     lines = [
         [
+            judgement.case,
             judgement.criterion.title,
             f">= {judgement.criterion.at_least:g}",
             "-" if judgement.ratio is None else str(judgement.ratio),
             {True: "met", False: "NOT MET", None: "no time"}[judgement.met],
-            judgement.case,
         ]
         for judgement in ratios.judge(rows)
     ]
-    return text_table(["criterion", "demand", "times as fast (spread)", "", "case"], lines) if lines else ""
+    return text_table(["case", "criterion", "demand", "times as fast (spread)", ""], lines) if lines else ""
 
 
 def compare_text(comparison: Comparison, first: str, second: str) -> str:

@@ -340,6 +340,7 @@ def test_into_existing_memory_writes_there() -> None:
     assert ops.verdict(provider, Oracle(problem, "forward")) == ("ok", None)
     with provider.active():
         assert provider.call()[0].data_ptr() == provider.call()[0].data_ptr()
+        assert memory.peak_bytes(provider.call, CPU) == 0
     large = select("judged", ["fake_quantize"], ["b128"])[0]
     assert "adadfq cpu" + providers.INTO in providers.names(large, "cpu")
 
