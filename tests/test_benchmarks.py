@@ -75,7 +75,7 @@ def test_resnet20_is_the_built_in_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_networks_are_torchvisions(name: str, torchvision_models: ModuleType) -> None:
+def test_networks_are_those_of_torchvision(name: str, torchvision_models: ModuleType) -> None:
     assert table(name.replace("_", "") + "@224") == observed_layers(getattr(torchvision_models, name)(), 224)
 
 
