@@ -32,6 +32,48 @@ def tie_distance(x: Tensor, scale: Tensor) -> Tensor:
     return (steps - torch.floor(steps) - 0.5).abs()
 
 
+def straight_through(u: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """quantize(u), whose gradient is that of `u`."""
+    return u + (quantize(u.detach(), scale, zero_point, bits) - u.detach())
+
+
+def activation(u: Tensor, act: str) -> Tensor:
+    """The identity, max(u, 0) or min(max(u, 0), 6), flat at 0 and at 6 themselves; NaN stays."""
+    if act == "none":
+        return u
+    u = torch.where((u > 0) | u.isnan(), u, torch.zeros_like(u))
+    return torch.where(u >= 6, torch.full_like(u, 6.0), u) if act == "relu6" else u
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+    """x scale_c + shift_c + residual, channels in dimension 1."""
+    u = (x.double().transpose(1, -1) * scale.double() + shift.double()).transpose(1, -1)
+    return u if residual is None else u + residual.double()
+
+
+def moving_average(ends: list[float], momentum: float) -> float:
+    """Average of the batches' ends, batch i weighing momentum^(n - i)."""
+    weights = [momentum ** (len(ends) - 1 - i) for i in range(len(ends))]
+    return math.fsum(w * end for w, end in zip(weights, ends, strict=True)) / math.fsum(weights)
+
+
+def moving_average_rate(n: int, momentum: float) -> float:
+    """Weight of the last of `n` batches in :func:`moving_average`."""
+    return 1 / float(torch.pow(torch.tensor(momentum, dtype=torch.float64), torch.arange(n)).sum())
+
+
+def batch_norm(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """BatchNorm over given statistics, channels in dimension 1."""
+    y = (x.double().transpose(1, -1) - running_mean.double()) / (running_var.double() + eps).sqrt()
+    if weight is not None:
+        y = y * weight.double()
+    if bias is not None:
+        y = y + bias.double()
+    return y.transpose(1, -1)
+
+
 def batch_norm_statistics_loss(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     channels = x.double().transpose(0, 1).reshape(x.shape[1], -1)
     mean = channels.sum(1) / channels.shape[1]

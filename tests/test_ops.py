@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import oracle
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import adadfq
 from adadfq import functional as F
+from adadfq.ops import cpu, reference
 from adadfq.ops.schema import OPERATORS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -28,21 +30,23 @@ def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _layouts(dtype: torch.dtype) -> dict[str, Tensor]:
-    base = _randn(4, 6, 10, 12, dtype=dtype)
+def _layouts(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    base, dense = _randn(4, 6, 10, 12, dtype=dtype, seed=seed), _randn(3, 5, 7, 9, dtype=dtype, seed=seed)
     return {
-        "contiguous": _randn(3, 5, 7, 9, dtype=dtype),
-        "channels_last": _randn(3, 5, 7, 9, dtype=dtype).contiguous(memory_format=torch.channels_last),
+        "contiguous": dense,
+        "channels_last": dense.contiguous(memory_format=torch.channels_last),
         "sliced": base[1:, ::2, 2:9, 1::3],
         "transposed": base.transpose(0, 3),
         "expanded": base[:1].expand(4, 6, 10, 12),
         "empty": _randn(2, 0, 3, 3, dtype=dtype),
-        "single element": _randn(1, 1, 1, 1, dtype=dtype),
-        "one dimension": _randn(17, dtype=dtype),
+        "single element": _randn(1, 1, 1, 1, dtype=dtype, seed=seed),
+        "one dimension": _randn(17, dtype=dtype, seed=seed),
     }
 
 
 LAYOUTS = list(_layouts(torch.float32))
+#: Those a layer's input [N, C, ...] may have.
+LAYER_LAYOUTS = [name for name in LAYOUTS if name not in ("empty", "one dimension")]
 
 
 def _with_axes(*axes: int | None) -> pytest.MarkDecorator:
@@ -100,6 +104,68 @@ def test_fake_quantize_gradient(backend: str, layout: str, dtype: torch.dtype, a
         assert torch.equal(leaf.grad[sure], torch.where(inside, grad, torch.zeros_like(grad))[sure])
 
 
+def _outside(x: Tensor) -> Tensor:
+    """The elements of the memory of `x` that are not its own."""
+    assert x._base is not None
+    outside = torch.ones(x._base.shape, dtype=torch.bool)
+    outside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
+    return x._base[outside]
+
+
+@_with_axes(None, 0, 1, -1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_quantize_in_place(backend: str, layout: str, dtype: torch.dtype, axis: int | None) -> None:
+    x = _layouts(dtype)[layout]
+    channels = 1 if axis is None else x.shape[axis]
+    scale = 0.05 + torch.rand(channels, generator=torch.Generator().manual_seed(1)) * 0.3
+    zero_point = torch.randint(0, 16, (channels,), generator=torch.Generator().manual_seed(2))
+    if layout == "expanded":  # one address for several elements, as for any operation in place
+        with pytest.raises((RuntimeError, ValueError)):
+            F.fake_quantize(x, scale, zero_point, 4, axis, inplace=True)
+        return
+    expected = F.fake_quantize(x, scale, zero_point, 4, axis)
+    address, strides, version = x.data_ptr(), x.stride(), x._version
+    outside = _outside(x).clone() if layout == "sliced" else None
+    assert F.fake_quantize(x, scale, zero_point, 4, axis, inplace=True) is x
+    assert x.data_ptr() == address and x.stride() == strides and x._version > version
+    assert torch.equal(x, expected)
+    assert outside is None or torch.equal(_outside(x), outside)
+
+
+def test_gradient_passes_fake_quantize_in_place(backend: str) -> None:
+    quantizer = (torch.tensor(0.1), torch.tensor(5), 4)
+    grad = _randn(4, 6, seed=3)
+    leaf = _randn(4, 6).requires_grad_()
+    F.fake_quantize(leaf * 2, *quantizer, inplace=True).backward(grad)
+    assert leaf.grad is not None and torch.equal(leaf.grad, 2 * grad)
+
+    leaf = _randn(4, 6).requires_grad_()
+    whole = leaf * 2
+    F.fake_quantize(whole[1:3, ::2], *quantizer, inplace=True)
+    expected = (leaf * 2).detach()
+    expected[1:3, ::2] = F.fake_quantize(expected[1:3, ::2], *quantizer)
+    assert torch.equal(whole, expected)
+    whole.backward(grad)
+    assert leaf.grad is not None and torch.equal(leaf.grad, 2 * grad)
+
+
+def test_a_backward_sees_that_what_it_saved_was_quantised(backend: str) -> None:
+    leaf = _randn(4, 6).requires_grad_()
+    saved = leaf.exp()
+    F.fake_quantize(saved, torch.tensor(0.1), torch.tensor(5), 4, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+def test_a_leaf_may_be_quantised_in_place_without_autograd(backend: str) -> None:
+    leaf = _randn(4, 6).requires_grad_()
+    quantizer = (torch.tensor(0.1), torch.tensor(5), 4)
+    expected = F.fake_quantize(leaf, *quantizer)
+    with torch.no_grad():
+        F.fake_quantize(leaf, *quantizer, inplace=True)
+    assert torch.equal(leaf, expected) and leaf.requires_grad and leaf.is_leaf
+
+
 @_with_axes(0, 1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -120,6 +186,262 @@ def test_dynamic_fake_quantize(backend: str, layout: str, dtype: torch.dtype, ax
     unsure = (-rows.amin(1).double() / true_scale + 0.5).frac().abs() < 1e-4
     assert torch.equal(zero_point[~unsure].double(), true_zero_point[~unsure])
     _assert_quantised(x_hat.detach(), x, _broadcast(scale, x, axis), _broadcast(zero_point, x, axis), bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("bits", [4, "mixed"])
+def test_foreach_equals_one_by_one(backend: str, dtype: torch.dtype, axis: int, bits: int | str) -> None:
+    tensors = [x.detach() for name, x in _layouts(dtype).items() if name != "one dimension"]
+    tensors += [_randn(70, 3, 1, 1, dtype=dtype, seed=1), tensors[0]]
+    widths = [bits] * len(tensors) if isinstance(bits, int) else [2 + i % 7 for i in range(len(tensors))]
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    results = F.foreach_dynamic_fake_quantize(leaves, widths if bits == "mixed" else bits, axis)
+    assert all(isinstance(r, list) and len(r) == len(tensors) for r in results)
+    for x, width, got in zip(tensors, widths, zip(*results, strict=True), strict=True):
+        for value, want in zip(got, F.dynamic_fake_quantize(x, width, axis), strict=True):
+            assert value.dtype == want.dtype and value.stride() == want.stride() and torch.equal(value, want)
+    grads = [_randn(*x.shape, dtype=dtype, seed=i) for i, x in enumerate(tensors)]
+    # The outputs that take no part: their inputs get no gradient, the others theirs.
+    used = [i for i in range(len(tensors)) if i % 3 != 1]
+    assert all(r.requires_grad for r in results[0]) and not any(r.requires_grad for r in results[1] + results[2])
+    torch.autograd.backward([results[0][i] for i in used], [grads[i] for i in used])
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(leaf.grad, grads[i]) if i in used else leaf.grad is None
+
+
+def test_foreach_takes_different_shapes_the_same_tensor_twice_and_nothing(backend: str) -> None:
+    x = _randn(3, 4).requires_grad_()
+    tensors = (x, _randn(5), x, _randn(2, 3, 4, 5), _randn(1, 1))
+    x_hats, scales, zero_points = F.foreach_dynamic_fake_quantize(tensors, [4, 2, 3, 8, 5])
+    for i, bits in enumerate([4, 2, 3, 8, 5]):
+        for got, want in zip(
+            (x_hats[i], scales[i], zero_points[i]), F.dynamic_fake_quantize(tensors[i], bits), strict=True
+        ):
+            assert torch.equal(got, want)
+    (x_hats[0] + 2 * x_hats[2]).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full((3, 4), 3.0))
+    assert F.foreach_dynamic_fake_quantize([], 4) == ([], [], []) == F.foreach_dynamic_fake_quantize([], [])
+
+
+def _range_state(shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count, zero_point = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int32)
+    return torch.zeros(shape), torch.zeros(shape), count, torch.ones(shape), zero_point
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "empty"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [0, 0.9, 0.999])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_observe_fake_quantize(
+    backend: str, layout: str, dtype: torch.dtype, momentum: float, shape: tuple[int, ...]
+) -> None:
+    state = running_min, running_max, num_batches, scale, zero_point = _range_state(shape)
+    lows, highs = [], []
+    for seed in range(5):
+        x = _layouts(dtype, seed)[layout].detach()
+        lows.append(float(x.min()))
+        highs.append(float(x.max()))
+        x.requires_grad_()
+        versions = [s._version for s in state]
+        x_hat = F.observe_fake_quantize(x, *state, 4, momentum)
+        assert all(s._version > version for s, version in zip(state, versions, strict=True))
+        assert [s.dtype for s in state] == [torch.float32, torch.float32, torch.int64, torch.float32, torch.int32]
+        assert all(s.shape == shape for s in state) and int(num_batches) == seed + 1
+        size = max(map(abs, lows + highs))
+        for running, ends in ((running_min, lows), (running_max, highs)):
+            assert abs(float(running) - oracle.moving_average(ends, momentum)) <= 2**-24 * (seed + 2) * size
+        true_scale, true_zero_point = oracle.quantizer_range(running_min, running_max, 4)
+        torch.testing.assert_close(scale.double(), true_scale, rtol=2**-23, atol=0)
+        if float(oracle.tie_distance(running_min.clamp(max=0), true_scale)) > 1e-4:
+            assert torch.equal(zero_point.double(), true_zero_point)
+        _assert_quantised(x_hat.detach(), x.detach(), scale, zero_point, 4)
+        grad = _randn(*x.shape, dtype=dtype, seed=seed + 10)
+        x_hat.backward(grad)
+        assert x.grad is not None and torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1e-300, 0.9, 0.999999, 1 - 1e-9])
+@pytest.mark.parametrize("past", [0.0, 2.0])
+def test_observe_after_a_million_batches(backend: str, momentum: float, past: float) -> None:
+    state = running_min, running_max, num_batches, *_ = _range_state()
+    running_min.fill_(-past)
+    running_max.fill_(past)
+    num_batches.fill_(10**6 - 1)
+    F.observe_fake_quantize(torch.tensor([-3.0, 5.0]), *state, 8, momentum)
+    rate = oracle.moving_average_rate(10**6, momentum)
+    for running, expected in ((running_min, -past + rate * (past - 3)), (running_max, past + rate * (5 - past))):
+        assert abs(float(running) - expected) <= 2**-24 * abs(expected)
+    assert int(num_batches) == 10**6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 5, 40])
+def test_observe_lets_nan_and_infinity_through(backend: str, bad: float, where: int) -> None:
+    x = _randn(41)
+    x[where] = bad
+    for first in (False, True):
+        state = running_min, running_max, num_batches, scale, zero_point = _range_state()
+        if not first:
+            F.observe_fake_quantize(_randn(7), *state, 4)
+        x_hat = F.observe_fake_quantize(x, *state, 4)
+        assert bool(x_hat.isnan().all()) and bool(scale.isnan()) and int(zero_point) == 0
+        assert bool(running_max.isfinite()) == (bad == -math.inf)
+        assert bool(running_min.isfinite()) == (bad == math.inf)
+        assert bool(running_min.isnan()) == bool(running_max.isnan()) == math.isnan(bad)
+        assert int(num_batches) == 2 - first
+
+
+def test_observe_equals_quant_act(backend: str) -> None:
+    act = adadfq.QuantAct(4, momentum=0.8)
+    state = _range_state()
+    for seed in range(4):
+        x = _randn(3, 5, 7, seed=seed) + seed
+        x_hat = F.observe_fake_quantize(x, *state, 4, 0.8)
+        assert torch.equal(x_hat, act(x))
+        names = ("running_min", "running_max", "num_batches", "scale", "zero_point")
+        for name, value in zip(names, state, strict=True):
+            assert torch.equal(value, getattr(act, name)), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(0)},
+        {"x": torch.zeros(3, dtype=torch.int32)},
+        {"bits": 1},
+        {"momentum": 1.0},
+        {"momentum": -0.1},
+        {"momentum": math.nan},
+        {"running_max": torch.zeros((), dtype=torch.float64)},
+        {"running_min": torch.zeros(2)},
+        {"num_batches": torch.zeros((), dtype=torch.int32)},
+        {"zero_point": torch.zeros((), dtype=torch.int64)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_refused_input_leaves_a_range_as_it_was(backend: str, change: dict[str, object]) -> None:
+    names = ("running_min", "running_max", "num_batches", "scale", "zero_point")
+    state = dict(zip(names, _range_state(), strict=True))
+    F.observe_fake_quantize(_randn(9), *state.values(), 4)
+    before = {name: value.clone() for name, value in state.items()}
+    with pytest.raises(adadfq.InvalidInputError):
+        F.observe_fake_quantize(**{"x": _randn(9, seed=1), **state, "bits": 4, "momentum": 0.9, **change})
+    assert all(torch.equal(state[name], before[name]) for name in names)
+
+
+#: Relative, of the sizes of the terms added up: what a few float32 operations may cost.
+ARITHMETIC = 2**-21
+
+
+def _layer(layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, scale [C], shift [C], residual) with scales of both signs."""
+    x = _layouts(dtype)[layout]
+    scale = 0.2 + torch.rand(x.shape[1], generator=torch.Generator().manual_seed(1)) * 3
+    scale[1::3] *= -1
+    return x, scale, _randn(x.shape[1], seed=5), _randn(*x.shape, dtype=dtype, seed=6)
+
+
+@pytest.mark.parametrize("layout", [*LAYER_LAYOUTS, "empty"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_affine_act_fake_quantize(
+    backend: str, layout: str, dtype: torch.dtype, act: str, with_residual: bool, quantised: bool
+) -> None:
+    tensors = [t.detach() for t in _layer(layout, dtype)[: 4 if with_residual else 3]]
+    ours, exact = [t.clone() for t in tensors], [t.double() for t in tensors]
+    ours[0] = tensors[0]
+    for t in (*ours, *exact):
+        t.requires_grad_()
+    step, zero_point = torch.tensor(0.37), torch.tensor(6)
+    x, scale, shift, residual = [*ours, None][:4]
+    y = F.affine_act_fake_quantize(x, scale, shift, residual, act, (step, zero_point, 4) if quantised else None)
+    assert y.dtype == dtype and y.shape == x.shape
+
+    u = oracle.affine(*[*exact, None][:4])
+    expected = oracle.activation(u, act)
+    terms = oracle.affine(*[t.abs() for t in exact[:3]], exact[3].abs() if with_residual else None).detach()
+    slack = ARITHMETIC * terms
+    if quantised:
+        near_tie = oracle.tie_distance(expected.detach(), step) < (slack / step + 1e-4)
+        expected = oracle.straight_through(expected, step, zero_point, 4)
+        slack = torch.where(near_tie, float(step) * 1.0001, 0.0)
+    error = (y.double() - expected).abs().detach()
+    rounding = expected.abs().detach() * (ROUNDING[dtype] + 2**-23) + SMALLEST[dtype]
+    assert bool((error <= slack + rounding).all())
+
+    grad = _randn(*x.shape, dtype=dtype, seed=7)
+    y.backward(grad)
+    expected.backward(grad.double())
+    kinks = {"none": [], "relu": [0.0], "relu6": [0.0, 6.0]}[act]
+    unsure = torch.zeros(x.shape, dtype=torch.bool)
+    for kink in kinks:
+        unsure |= (u.detach() - kink).abs() < ARITHMETIC * terms
+    assert float(unsure.double().mean()) < 0.01 or x.numel() == 0
+    for got, want in zip(ours, exact, strict=True):
+        assert got.grad is not None and want.grad is not None and got.grad.dtype == got.dtype
+        if got.shape == x.shape:
+            error = (got.grad.double() - want.grad).abs()
+            allowed = want.grad.abs() * (ROUNDING[dtype] + 2**-23) + SMALLEST[dtype]
+            assert bool((error <= allowed)[~unsure].all())
+        elif x.numel():
+            assert not unsure.any()
+            total = (grad.double().abs() * (x.double().abs() + 1)).transpose(0, 1).flatten(1).sum(1)
+            assert bool(((got.grad.double() - want.grad).abs() <= 1e-6 * total).all())
+        else:
+            assert got.grad.numel() == 0
+
+
+@pytest.mark.parametrize("needed", range(16))
+@pytest.mark.parametrize("act", ["none", "relu"])
+def test_affine_gives_the_gradients_that_are_asked_for(backend: str, needed: int, act: str) -> None:
+    tensors = [t.detach().requires_grad_() for t in _layer("contiguous", torch.float32)]
+    y = F.affine_act_fake_quantize(*tensors, act, (torch.tensor(0.1), torch.tensor(3), 4))
+    every = torch.autograd.grad(y.square().sum(), tensors)
+    some = [t.detach().requires_grad_(bool(needed >> i & 1)) for i, t in enumerate(tensors)]
+    y = F.affine_act_fake_quantize(*some, act, (torch.tensor(0.1), torch.tensor(3), 4))
+    assert y.requires_grad == bool(needed)
+    if needed:
+        y.square().sum().backward()
+    for i, (t, want) in enumerate(zip(some, every, strict=True)):
+        assert torch.equal(t.grad, want) if needed >> i & 1 else t.grad is None
+
+
+@pytest.mark.parametrize(
+    "act,values,slopes",
+    [
+        ("none", [-2, 0, 0, 3, 6, 9, math.nan, math.inf, -math.inf], [1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("relu", [0, 0, 0, 3, 6, 9, math.nan, math.inf, 0], [0, 0, 0, 1, 1, 1, 1, 1, 0]),
+        ("relu6", [0, 0, 0, 3, 6, 6, math.nan, 6, 0], [0, 0, 0, 1, 0, 0, 1, 0, 0]),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_activations_at_their_kinks(
+    backend: str, act: str, values: list[float], slopes: list[int], dtype: torch.dtype, channels_last: bool
+) -> None:
+    """PyTorch's conventions: no slope at 0 nor at 6; NaN passes, and passes its gradient."""
+    u = torch.tensor([-2, 0.0, -0.0, 3, 6, 9, math.nan, math.inf, -math.inf], dtype=dtype)
+    for residual in (None, torch.zeros(2, 3, 3, 6, dtype=dtype)):
+        x = u.repeat(2, 3, 2, 1)[:, :, :, None, :].reshape(2, 3, 3, 6)
+        x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+        y = F.affine_act_fake_quantize(x, torch.ones(3), torch.zeros(3), residual, act)
+        y.backward(torch.full_like(y, 2))
+        order = y.detach().reshape(-1, 9).double()
+        torch.testing.assert_close(order, torch.tensor(values).double().expand_as(order), equal_nan=True)
+        assert x.grad is not None
+        slope = x.grad.reshape(-1, 9).double() / 2
+        assert torch.equal(slope, torch.tensor(slopes).double().expand_as(slope))
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+def test_affine_lets_nan_through_its_quantiser(backend: str, act: str) -> None:
+    x, scale, shift, residual = (t.detach() for t in _layer("contiguous", torch.float32))
+    x[0, 1, 2, 3], residual[1, 2, 3, 4] = math.nan, math.nan
+    y = F.affine_act_fake_quantize(x, scale, shift, residual, act, (torch.tensor(0.1), torch.tensor(3), 4))
+    assert torch.equal(y.isnan(), x.isnan() | residual.isnan())
 
 
 def test_quantizer_holds_zero_and_the_ends_of_its_range(backend: str) -> None:
@@ -161,7 +483,7 @@ def test_quantizer_properties(values: list[float], bits: int) -> None:
     assert bool((ordered.diff() >= 0).all())
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("empty", "one dimension")])
+@pytest.mark.parametrize("layout", LAYER_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bn_match(backend: str, layout: str, dtype: torch.dtype) -> None:
     x = _layouts(dtype)[layout]
@@ -185,6 +507,88 @@ def test_bn_match_two_dimensions(backend: str) -> None:
     exact = x.detach().double().requires_grad_()
     loss, expected = F.bn_match(x, mean, var), oracle.batch_norm_statistics_loss(exact, mean, var)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYER_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parameters", ["none", "weight", "bias", "both"])
+@pytest.mark.parametrize("through", ["y", "loss", "both"])
+def test_bn_match_forward(backend: str, layout: str, dtype: torch.dtype, parameters: str, through: str) -> None:
+    x = _layouts(dtype)[layout].detach()
+    channels = x.shape[1]
+    mean, var = _randn(channels, seed=5), _randn(channels, seed=6).abs() + 0.1
+    weight = _randn(channels, seed=8) if parameters in ("weight", "both") else None
+    bias = _randn(channels, seed=9) if parameters in ("bias", "both") else None
+    leaf, exact = x.detach().requires_grad_(), x.double().requires_grad_()
+    y, loss = F.bn_match_forward(leaf, mean, var, weight, bias, 1e-3)
+    assert y.dtype == dtype and y.shape == x.shape and loss.dtype == torch.float32 and loss.shape == ()
+
+    true_y = oracle.batch_norm(exact, mean, var, weight, bias, 1e-3)
+    true_loss = oracle.batch_norm_statistics_loss(exact, mean, var)
+    size = true_y.detach().abs() + (0 if bias is None else 2 * _broadcast(bias.double().abs(), x, 1))
+    rounding = true_y.detach().abs() * ROUNDING[dtype] + SMALLEST[dtype]
+    assert bool(((y.double() - true_y).abs() <= ARITHMETIC * size + rounding).all())
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss.detach(), F.bn_match(x, mean, var), rtol=1e-6, atol=0)
+    statistics = [None if t is None else t.double() for t in (weight, bias)]
+    library = torch.nn.functional.batch_norm(x.double(), mean.double(), var.double(), *statistics, eps=1e-3)
+    torch.testing.assert_close(true_y.detach(), library)
+
+    grad = _randn(*x.shape, dtype=dtype, seed=3)
+    ours, theirs = [], []
+    if through != "loss":
+        ours.append((y * grad).sum().float())
+        theirs.append((true_y * grad.double()).sum())
+    if through != "y":
+        ours.append(3 * loss)
+        theirs.append(3 * true_loss)
+    sum(ours).backward()
+    sum(theirs).backward()
+    assert leaf.grad is not None and exact.grad is not None and leaf.grad.dtype == dtype
+    size = float(exact.grad.abs().max())
+    torch.testing.assert_close(
+        leaf.grad.double(), exact.grad, rtol=2 * ROUNDING[dtype], atol=1e-5 * size + SMALLEST[dtype]
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bn_match_forward_where_the_mean_dwarfs_the_deviation(backend: str, channels_last: bool) -> None:
+    x = _randn(8, 3, 20, 20).double().mul_(torch.tensor([1, 1e-2, 1]).view(3, 1, 1))
+    x = (x + torch.tensor([0, 1e4, -3]).view(3, 1, 1)).float()
+    x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    mean, var = torch.tensor([0.1, 1e4 + 0.25, -3]), torch.tensor([1.5, 1e-4, 1])
+    weight, bias = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([0.5, 0.0, 1.0])
+    y, loss = F.bn_match_forward(x, mean, var, weight, bias)
+    true_y = oracle.batch_norm(exact, mean, var, weight, bias, 1e-5)
+    true_loss = oracle.batch_norm_statistics_loss(exact, mean, var)
+    torch.testing.assert_close(y.double(), true_y, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-3, atol=0)  # float32 holds 1e4 to 5e-4
+    op = torch.ops.adadfq.bn_match_forward(x.detach(), mean, var, weight, bias, 1e-5)
+    true_var, true_mean = torch.var_mean(exact.detach(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(op[2].double(), true_mean, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(op[3].double(), true_var, rtol=1e-5, atol=0)
+    grad = _randn(*x.shape, seed=3) * 1e-4
+    torch.autograd.backward([y, loss], [grad, torch.tensor(2.0)])
+    ((true_y * grad.double()).sum() + 2 * true_loss).backward()
+    assert x.grad is not None and exact.grad is not None
+    # The mean reaches the backward as a float32.
+    cost = 2**-24 * true_mean.abs() * 4 / x.numel() * (1 + 2 * (true_var - var).abs())
+    for c in range(3):
+        size = float(exact.grad[:, c].abs().max())
+        torch.testing.assert_close(
+            x.grad[:, c].double(), exact.grad[:, c], rtol=1e-6, atol=1e-6 * size + 1.01 * float(cost[c])
+        )
+
+
+def test_bn_match_forward_lets_nan_through(backend: str) -> None:
+    x = _randn(4, 3, 5, 5)
+    x[1, 2, 3, 4] = math.nan
+    x.requires_grad_()
+    y, loss = F.bn_match_forward(x, torch.zeros(3), torch.ones(3))
+    assert torch.equal(y.isnan(), x.isnan()) and bool(loss.isnan())
+    loss.backward()
+    assert x.grad is not None and x.grad.isnan().flatten(2).all(2).any(0).tolist() == [False, False, True]
 
 
 LOSS_SETTINGS = {"lambda_l": 0.3, "lambda_u": 0.6, "alpha_ds": 0.2, "alpha_as": 0.1, "beta": 1.5}
@@ -285,12 +689,20 @@ def _op_arguments() -> dict[str, tuple[object, ...]]:
     scale, zero_point = torch.full((3,), 0.1), torch.full((3,), 5, dtype=torch.int32)
     mean, var = torch.zeros(3), torch.ones(3)
     logits = _randn(4, 10), _randn(4, 10, seed=1)
+    act_quantizer = (torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32))
     return {
         "fake_quantize": (x, scale, zero_point, 4, 1),
         "fake_quantize_backward": (grad, x, scale, zero_point, 4, 1),
         "dynamic_fake_quantize": (x, 4, 0),
+        "fake_quantize_": (x, scale, zero_point, 4, 1),
+        "foreach_dynamic_fake_quantize": ([x, grad, _randn(3, 7)], [4, 2, 8], 1),
+        "observe_fake_quantize": (x, *_range_state(), 4, 0.9),
+        "affine_act_fake_quantize": (x, scale, mean, grad, "relu", *act_quantizer, 4),
+        "affine_act_fake_quantize_backward": (grad, x, scale, mean, grad, "relu6", True, True),
         "bn_match": (x, mean, var),
         "bn_match_backward": (torch.tensor(1.0), x, mean, var, mean, var),
+        "bn_match_forward": (x, mean, var, scale, mean, 1e-5),
+        "bn_match_forward_backward": (grad, x, torch.tensor(1.0), mean, var, mean, var, scale, 1e-5),
         "margin_loss": (*logits, torch.arange(4), 0.1, 0.8, 0.2, 0.1, 1.0, False),
         "entropy_distillation": (*logits, 20.0),
     }
@@ -298,6 +710,11 @@ def _op_arguments() -> dict[str, tuple[object, ...]]:
 
 def test_every_operator_has_arguments_here() -> None:
     assert set(_op_arguments()) == set(OPERATORS)
+
+
+def test_every_operator_has_a_reference_and_a_cpu_kernel() -> None:
+    assert set(reference.KERNELS) == set(OPERATORS)
+    assert set(cpu.KERNELS) == set(OPERATORS)
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))
@@ -310,6 +727,77 @@ def test_opcheck(backend: str, name: str, channels_last: bool) -> None:
         for a in _op_arguments()[name]
     )
     torch.library.opcheck(getattr(torch.ops.adadfq, name).default, arguments)
+
+
+@pytest.mark.parametrize(
+    "name,arguments",
+    [
+        ("affine_act_fake_quantize", {3: None}),
+        ("affine_act_fake_quantize", {5: None, 6: None}),
+        ("affine_act_fake_quantize_backward", {4: None, 6: False}),
+        ("affine_act_fake_quantize_backward", {7: False}),
+        ("bn_match_forward", {3: None, 4: None}),
+        ("bn_match_forward_backward", {7: None}),
+        ("fake_quantize_", {1: torch.tensor([0.1]), 2: torch.tensor([3], dtype=torch.int32), 4: None}),
+    ],
+)
+def test_opcheck_without_optional_arguments(backend: str, name: str, arguments: dict[int, object]) -> None:
+    every = list(_op_arguments()[name])
+    for position, value in arguments.items():
+        every[position] = value
+    torch.library.opcheck(getattr(torch.ops.adadfq, name).default, tuple(every))
+
+
+def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
+    """Every differentiable function of the package on x [2, 3, 4, 5]; each returns all that it computes."""
+    scale, zero_point = torch.full((3,), 0.1), torch.full((3,), 5, dtype=torch.int32)
+    # Dynamo takes no tensor twice for one autograd.Function.
+    shift, step = torch.linspace(-1, 1, 3), (torch.tensor(0.1), torch.tensor(3), 4)
+    other, labels = _randn(6, 20, seed=1), torch.arange(6)
+
+    def observe(x: Tensor) -> list[Tensor]:
+        state = [torch.zeros((), dtype=s.dtype) for s in _range_state()]
+        return [F.observe_fake_quantize(x, *state, 4), *state]
+
+    return {
+        "fake_quantize": lambda x: [F.fake_quantize(x, scale, zero_point, 4, 1, clip_grad=True)],
+        "fake_quantize inplace": lambda x: [F.fake_quantize(x * 2, scale, zero_point, 4, 1, inplace=True)],
+        "dynamic_fake_quantize": lambda x: list(F.dynamic_fake_quantize(x, 4, 1)),
+        "foreach_dynamic_fake_quantize": lambda x: [
+            t for r in F.foreach_dynamic_fake_quantize([x, x[0] * 2, x.flatten(1)], [4, 2, 8], 1) for t in r
+        ],
+        "observe_fake_quantize": observe,
+        "affine_act_fake_quantize": lambda x: [F.affine_act_fake_quantize(x, scale, shift, x.sin(), "relu6", step)],
+        "bn_match": lambda x: [F.bn_match(x, scale, scale)],
+        "bn_match_forward": lambda x: list(F.bn_match_forward(x, scale, scale, scale, scale)),
+        "margin_loss": lambda x: list(F.margin_loss(x.view(6, 20), other, labels, **LOSS_SETTINGS)),
+        "entropy_distillation": lambda x: [F.entropy_distillation(other, x.view(6, 20), 5.0)],
+    }
+
+
+@pytest.mark.parametrize("name", list(_public_calls()))
+def test_every_function_compiles_into_one_graph(backend: str, name: str) -> None:
+    torch._dynamo.reset()
+    call = _public_calls()[name]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (call, compiled):
+        x = _randn(2, 3, 4, 5).requires_grad_()
+        out = function(x)
+        sum((t * t).sum() for t in out if t.requires_grad).backward()
+        results.append([*(t.detach() for t in out), x.grad])
+    for got, want in zip(*reversed(results), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_state_given_to_a_compiled_function_moves(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(F.observe_fake_quantize, fullgraph=True, backend="aot_eager")
+    states = _range_state(), _range_state()
+    for seed in range(3):
+        x = _randn(40, seed=seed)
+        assert torch.equal(compiled(x, *states[0], 4), F.observe_fake_quantize(x, *states[1], 4))
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True)) and int(states[0][2]) == 3
 
 
 @pytest.mark.parametrize(
@@ -338,6 +826,61 @@ def test_opcheck(backend: str, name: str, channels_last: bool) -> None:
             lambda x: F.margin_loss(x, x, torch.zeros(2, dtype=torch.int64), **{**LOSS_SETTINGS, "lambda_l": 0.7}),
         ),
         ("lo and hi must have equal shapes", lambda x: F.qparams(x, x[0], 4)),
+        (
+            "inplace must be False with clip_grad",
+            lambda x: F.fake_quantize(x, torch.ones(1), torch.zeros(1).int(), 4, clip_grad=True, inplace=True),
+        ),
+        (
+            "inplace must be False for a leaf",
+            lambda x: F.fake_quantize(x.requires_grad_(), torch.ones(1), torch.zeros(1).int(), 4, inplace=True),
+        ),
+        ("bits must be one width or one a tensor, got 2 for 1", lambda x: F.foreach_dynamic_fake_quantize([x], [4, 4])),
+        ("bits must be 2..8, got 9", lambda x: F.foreach_dynamic_fake_quantize([x, x], [4, 9])),
+        ("bits must be 2..8, got True", lambda x: F.foreach_dynamic_fake_quantize([x], True)),
+        ("tensors must have one dtype and device", lambda x: F.foreach_dynamic_fake_quantize([x, x.half()], 4)),
+        (r"tensors\[1\] must be a floating-point", lambda x: F.foreach_dynamic_fake_quantize([x, x.int()], 4)),
+        ("axis must be -2..1 for a tensor", lambda x: F.foreach_dynamic_fake_quantize([x[None], x], 4, 2)),
+        ("axis must be counted from the front", lambda x: F.foreach_dynamic_fake_quantize([x[None], x], 4, -1)),
+        ("x must hold at least one element", lambda x: F.observe_fake_quantize(x[:0], *_range_state(), 4)),
+        ("momentum must be below 1", lambda x: F.observe_fake_quantize(x, *_range_state(), 4, 1.0)),
+        (r"momentum must be 0\.\.1, got -0\.1", lambda x: F.observe_fake_quantize(x, *_range_state(), 4, -0.1)),
+        (
+            "running_max must hold one torch.float32 on cpu, got 2 of torch.float32",
+            lambda x: F.observe_fake_quantize(x, torch.zeros(()), torch.zeros(2), *_range_state()[2:], 4),
+        ),
+        (
+            "num_batches must hold one torch.int64 on cpu, got 1 of torch.float32",
+            lambda x: F.observe_fake_quantize(x, *_range_state()[:2], torch.zeros(()), *_range_state()[3:], 4),
+        ),
+        (
+            "act must be one of none, relu, relu6, got 'gelu'",
+            lambda x: F.affine_act_fake_quantize(x, x[0], x[0], act="gelu"),
+        ),
+        ("x must have at least the dimensions", lambda x: F.affine_act_fake_quantize(x[0], x[0], x[0])),
+        (r"scale must have shape \[3\]", lambda x: F.affine_act_fake_quantize(x, x[0, :2], x[0])),
+        (r"shift must have shape \[3\]", lambda x: F.affine_act_fake_quantize(x, x[0], x)),
+        (r"residual must be torch.float32 \[2, 3\]", lambda x: F.affine_act_fake_quantize(x, x[0], x[0], x[:1])),
+        (r"residual must be torch.float32 \[2, 3\]", lambda x: F.affine_act_fake_quantize(x, x[0], x[0], x.half())),
+        (
+            "bits must be 2..8, got 1",
+            lambda x: F.affine_act_fake_quantize(x, x[0], x[0], qparams=(torch.ones(1), torch.zeros(1).int(), 1)),
+        ),
+        (
+            "scale must have 1 element",
+            lambda x: F.affine_act_fake_quantize(x, x[0], x[0], qparams=(torch.ones(3), torch.zeros(1).int(), 4)),
+        ),
+        ("x must be a non-empty", lambda x: F.bn_match_forward(x[:0], x[0], x[0])),
+        (r"running_var must have shape \[3\]", lambda x: F.bn_match_forward(x, x[0], x)),
+        (r"bias must have shape \[3\]", lambda x: F.bn_match_forward(x, x[0], x[0], x[0], x[0, :2])),
+        (
+            "weight must not require a gradient",
+            lambda x: F.bn_match_forward(x, x[0], x[0], torch.ones(3, requires_grad=True)),
+        ),
+        (
+            "bias must not require a gradient",
+            lambda x: F.bn_match_forward(x, x[0], x[0], None, torch.ones(3, requires_grad=True)),
+        ),
+        ("eps must be at least 0, got -1", lambda x: F.bn_match_forward(x, x[0], x[0], eps=-1)),
     ],
 )
 def test_bad_arguments_are_refused(message: str, call) -> None:  # type: ignore[no-untyped-def]
