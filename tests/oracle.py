@@ -6,6 +6,7 @@ Everything is differentiable by autograd, so that gradients have an independent 
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import torch
 from torch import Tensor
@@ -58,8 +59,11 @@ def moving_average(ends: list[float], momentum: float) -> float:
 
 
 def moving_average_rate(n: int, momentum: float) -> float:
-    """Weight of the last of `n` batches in :func:`moving_average`."""
-    return 1 / float(torch.pow(torch.tensor(momentum, dtype=torch.float64), torch.arange(n)).sum())
+    """Weight of the last of `n` batches in :func:`moving_average`: one over the sum of a geometric series."""
+    with localcontext() as context:
+        context.prec = 60
+        past = Decimal(momentum)
+        return float((1 - past) / (1 - past**n))
 
 
 def batch_norm(
