@@ -591,6 +591,17 @@ def test_bn_match(data: st.DataObject) -> None:
         assert_same_bits(got, backward["reference"](grad, x, mean, var, *running))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_statistics_hold_where_squares_overflow_float32(channels_last: bool) -> None:
+    values = (torch.randn(3, 5, 70, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e25).float()
+    x = Layout((3, 5, 70), (0, 2, 1) if channels_last else (0, 1, 2), (1, 1, 1), 0, None).place(values)
+    loss, mean, var = cpu.bn_match(x, torch.zeros(5), torch.ones(5))
+    true_var, true_mean = torch.var_mean(x.double(), (0, 2), correction=0)
+    torch.testing.assert_close(mean, true_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var, true_var, rtol=1e-6, atol=0)
+    assert loss == INF
+
+
 @given(data=st.data())
 @examples(700)
 def test_bn_match_forward(data: st.DataObject) -> None:

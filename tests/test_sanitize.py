@@ -8,11 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sanitize
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# Sanitizers cannot run inside the resolvers of cloned functions.
-SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-DADADFQ_NO_CLONES"]
 
 
 def compiler() -> str:
@@ -23,13 +22,11 @@ def compiler() -> str:
 
 def test_cpu_launchers_under_sanitizers(tmp_path: Path) -> None:
     cxx = compiler()
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    if subprocess.run([cxx, *SANITIZE, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
-        pytest.skip("g++ has no sanitizer runtime")
+    if (reason := sanitize.why_not()) is not None:
+        pytest.skip(reason)
     sources = [ROOT / "tests" / "native_sanitize.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     program = tmp_path / "native_sanitize"
-    subprocess.run([cxx, *FLAGS, *SANITIZE, *map(str, sources), "-o", str(program)], check=True, timeout=300)
+    subprocess.run([cxx, *FLAGS, *sanitize.SANITIZE, *map(str, sources), "-o", str(program)], check=True, timeout=300)
     # libgomp keeps its thread pool until the process ends, which is no leak.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, env=environment)

@@ -1,0 +1,179 @@
+"""Runs the CPU kernels' tests on a ``_C_cpu`` built with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python tests/sanitize.py [--require] [pytest arguments]
+
+The default arguments are the property tests, with few examples (ADADFQ_TEST_EXAMPLES), and the tests of the CPU
+kernels. torch's memory comes from the allocator that AddressSanitizer replaces, so an access beyond a tensor is seen:
+before the tests, one deliberate overrun and one deliberate overflow must be. Both sanitizers end the process; the
+report and the Python stack are then the last thing printed. Where g++ has no sanitizers nothing is run, which is a
+success without --require.
+
+The same file is the pytest plugin that puts the module in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Sanitizers cannot run inside the resolvers of cloned functions.
+SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-DADADFQ_NO_CLONES"]
+DEFAULT_TESTS = ["-q", "tests/test_properties.py", "tests/test_native_cpu.py"]
+DEFAULT_EXAMPLES = "0.3"
+MODULE = "adadfq._C_cpu"
+VARIABLE = "ADADFQ_SANITIZED_MODULE"
+
+#: What must be seen, and code that does it by way of the package.
+FAULTS = {
+    "AddressSanitizer: heap-buffer-overflow": (
+        "layout = native_args.layout\n"
+        "native_args.layout = lambda *a: layout(*a)._replace(inner=layout(*a).inner + 1)\n"
+        "cpu.fake_quantize(torch.zeros(1001), torch.ones(1), torch.zeros(1, dtype=torch.int32), 4)\n"
+    ),
+    "runtime error: shift exponent 40 is too large": (
+        "cpu.fake_quantize(torch.zeros(3), torch.ones(1), torch.zeros(1, dtype=torch.int32), 40)\n"
+    ),
+}
+
+
+def why_not() -> str | None:
+    """Why nothing can be built with sanitizers here; None where it can."""
+    if (cxx := shutil.which("g++")) is None:
+        return "no g++"
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cpp")
+        probe.write_text("int main() {}\n")
+        command = [cxx, *SANITIZE, str(probe), "-o", str(probe.with_suffix(""))]
+        failed = subprocess.run(command, capture_output=True).returncode
+    return "g++ has no sanitizer runtime" if failed else None
+
+
+def flags_of_setup() -> list[str]:
+    """CXX_FLAGS of setup.py, which cannot be imported without the setuptools it builds with."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CXX_FLAGS":
+            return ast.literal_eval(node.value)
+    raise RuntimeError("setup.py has no CXX_FLAGS")
+
+
+def build(folder: Path) -> Path:
+    """The extension module in `folder`, compiled as setup.py does but for optimisation and sanitizers."""
+    import pybind11
+
+    flags = [*flags_of_setup(), "-fopenmp", "-fPIC", "-O1", "-g", *SANITIZE]
+    flags += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    sources = [ROOT / "csrc" / "bind_cpu.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    module = folder / f"_C_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(["g++", *flags, "-shared", *map(str, objects), "-o", str(module)], check=True)
+    return module
+
+
+def environment(module: Path) -> dict[str, str]:
+    """For a Python that was not linked with a sanitizer: its runtime must be the first library of the process, and
+    libstdc++, whose exceptions it watches, there from the beginning."""
+    linked = subprocess.run(["ldd", str(module)], check=True, capture_output=True, text=True).stdout
+    preload = re.findall(r"lib(?:asan|stdc\+\+)\.so\S* => (\S+)", linked)
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    return {
+        "ADADFQ_TEST_EXAMPLES": DEFAULT_EXAMPLES,
+        **os.environ,
+        "LD_PRELOAD": " ".join(sorted(preload)),
+        # The interpreter and libgomp keep memory until the process ends.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
+        "PYTHONPATH": path,
+        VARIABLE: str(module),
+    }
+
+
+def load() -> ModuleType:
+    """Put the sanitized module where the package looks for its own."""
+    import torch  # noqa: F401  (its libgomp first, as in adadfq/ops/cpu.py)
+
+    spec = importlib.util.spec_from_file_location(MODULE, os.environ[VARIABLE])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[MODULE] = module
+    return module
+
+
+def check_in_use() -> None:
+    """Raise unless the package uses the sanitized module, and the sanitizer guards the ends of tensors."""
+    import torch
+
+    from adadfq.ops import cpu
+
+    assert cpu.why_unavailable() is None and cpu._native().__file__ == os.environ[VARIABLE]
+    x = torch.empty(1001)
+    poisoned = ctypes.CDLL(None).__asan_address_is_poisoned
+    poisoned.argtypes = [ctypes.c_void_p]
+    assert poisoned(x.data_ptr() + 4004) and not poisoned(x.data_ptr() + 4000)
+
+
+def pytest_load_initial_conftests() -> None:
+    load()
+
+
+def pytest_collection_finish() -> None:
+    check_in_use()
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.exitstatus == 0 and not reporter.stats.get("passed"):
+        session.exitstatus = 5  # as pytest where it collects nothing: tests that all skip are no success
+
+
+def check_faults_are_seen(env: dict[str, str]) -> None:
+    """Raise unless the sanitizers end the process at each of FAULTS."""
+    prelude = "import sanitize, torch; sanitize.load(); sanitize.check_in_use()\n"
+    prelude += "from adadfq.ops import cpu, native_args\n"
+    for report, code in FAULTS.items():
+        command = [sys.executable, "-c", prelude + "print('begun', flush=True)\n" + code]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        if done.returncode == 0 or "begun" not in done.stdout or report not in done.stderr:
+            raise SystemExit(f"a deliberate fault was not seen ({report}):\n{done.stdout}{done.stderr}")
+        print(f"seen: {report}", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--require", action="store_true", help="fail where there are no sanitizers")
+    options, tests = parser.parse_known_args(arguments)
+    if (reason := why_not()) is not None:
+        print(f"sanitizers skipped: {reason}")
+        return int(options.require)
+    with tempfile.TemporaryDirectory() as folder:
+        module = build(Path(folder))
+        env = environment(module)
+        check_faults_are_seen(env)
+        # Reports are written to file descriptor 2, which pytest would otherwise keep to itself until it ends.
+        command = [sys.executable, "-m", "pytest", "-p", "sanitize", "--capture=sys", *(tests or DEFAULT_TESTS)]
+        return subprocess.run(command, cwd=ROOT, env=env).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
