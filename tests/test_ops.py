@@ -751,7 +751,8 @@ def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
     """Every differentiable function of the package on x [2, 3, 4, 5]; each returns all that it computes."""
     scale, zero_point = torch.full((3,), 0.1), torch.full((3,), 5, dtype=torch.int32)
     # Dynamo takes no tensor twice for one autograd.Function.
-    shift, step = torch.linspace(-1, 1, 3), (torch.tensor(0.1), torch.tensor(3), 4)
+    shift, weight, bias = torch.linspace(-1, 1, 3), torch.linspace(2, 1, 3), torch.linspace(0, 1, 3)
+    step = (torch.tensor(0.1), torch.tensor(3), 4)
     other, labels = _randn(6, 20, seed=1), torch.arange(6)
 
     def observe(x: Tensor) -> list[Tensor]:
@@ -767,8 +768,8 @@ def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
         ],
         "observe_fake_quantize": observe,
         "affine_act_fake_quantize": lambda x: [F.affine_act_fake_quantize(x, scale, shift, x.sin(), "relu6", step)],
-        "bn_match": lambda x: [F.bn_match(x, scale, scale)],
-        "bn_match_forward": lambda x: list(F.bn_match_forward(x, scale, scale, scale, scale)),
+        "bn_match": lambda x: [F.bn_match(x, shift, scale)],
+        "bn_match_forward": lambda x: list(F.bn_match_forward(x, shift, scale, weight, bias)),
         "margin_loss": lambda x: list(F.margin_loss(x.view(6, 20), other, labels, **LOSS_SETTINGS)),
         "entropy_distillation": lambda x: [F.entropy_distillation(other, x.view(6, 20), 5.0)],
     }
@@ -787,6 +788,19 @@ def test_every_function_compiles_into_one_graph(backend: str, name: str) -> None
         results.append([*(t.detach() for t in out), x.grad])
     for got, want in zip(*reversed(results), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", list(_public_calls()))
+def test_every_function_computes_the_same_without_a_gradient(backend: str, name: str) -> None:
+    call = _public_calls()[name]
+    with_gradient = call(_randn(2, 3, 4, 5).requires_grad_())
+    assert any(t.requires_grad for t in with_gradient)
+    with torch.no_grad():
+        for x in (_randn(2, 3, 4, 5).requires_grad_(), _randn(2, 3, 4, 5)):
+            without = call(x)
+            assert not any(t.requires_grad for t in without)
+            assert all(torch.equal(*pair) for pair in zip(without, with_gradient, strict=True))
+    assert not any(t.requires_grad for t in call(_randn(2, 3, 4, 5)))
 
 
 def test_state_given_to_a_compiled_function_moves(backend: str) -> None:
