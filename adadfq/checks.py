@@ -24,7 +24,7 @@ def check_bits(name: str, bits: Any) -> int:
 
 def check_number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
     """Return `value` if it is a finite number in [lowest, highest]."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
         raise InvalidInputError(f"{name} must be a finite number, got {value!r}")
     if not lowest <= value <= highest:
         expected = f"{lowest:g}..{highest:g}" if math.isfinite(highest) else f"at least {lowest:g}"
@@ -99,12 +99,13 @@ def check_logits(teacher_logits: Any, student_logits: Any) -> None:
     """Raise unless both are floating [B, K] on one device, with B, K >= 1 and equal shapes."""
     teacher = check_floating("teacher_logits", teacher_logits)
     student = check_floating("student_logits", student_logits)
-    if teacher.dim() != 2 or teacher.shape != student.shape:
+    shape = teacher.shape
+    if len(shape) != 2 or shape != student.shape:
         raise InvalidInputError(
             "teacher_logits and student_logits must be [B, K] with equal B and K, "
             f"got {list(teacher.shape)} and {list(student.shape)}"
         )
-    if teacher.shape[0] == 0 or teacher.shape[1] == 0:
+    if 0 in shape:
         raise InvalidInputError(f"logits must hold at least one sample and one class, got {list(teacher.shape)}")
     if student.device != teacher.device:
         raise InvalidInputError(f"student_logits must be on {teacher.device} like teacher_logits, got {student.device}")

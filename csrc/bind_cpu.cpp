@@ -106,17 +106,19 @@ void bn_match_backward(Address grad_y, Address grad_loss, Address x, Address mea
 }
 
 // Returns the index of the first label outside 0..classes - 1, having written nothing, or -1.
-int64_t margin_loss(Address teacher, Address student, Address labels, Address losses,
-                    Address h_prime, Address grad_teacher, Address grad_student, int64_t batch,
-                    int64_t classes, double lambda_l, double lambda_u, double alpha_ds,
-                    double alpha_as, double beta, bool detach_min, int dtype, int threads) {
+int64_t margin_loss(Address teacher, Address student, Address labels, Address total, Address margin,
+                    Address disagreement, Address agreement, Address h_prime, Address grad_teacher,
+                    Address grad_student, int64_t batch, int64_t classes, double lambda_l,
+                    double lambda_u, double alpha_ds, double alpha_as, double beta, bool detach_min,
+                    int dtype, int threads) {
   const int64_t bad = adadfq::first_bad_label(at_address<int64_t>(labels), batch, classes);
   if (bad < 0) {
-    adadfq::margin_loss(at_address(teacher), at_address(student), at_address<int64_t>(labels),
-                        at_address<float>(losses), at_address<float>(h_prime),
-                        at_address(grad_teacher), at_address(grad_student), batch, classes,
-                        {lambda_l, lambda_u, alpha_ds, alpha_as, beta, detach_min}, DType(dtype),
-                        threads);
+    adadfq::margin_loss(
+        at_address(teacher), at_address(student), at_address<int64_t>(labels),
+        {at_address<float>(total), at_address<float>(margin), at_address<float>(disagreement),
+         at_address<float>(agreement), at_address<float>(h_prime)},
+        at_address(grad_teacher), at_address(grad_student), batch, classes,
+        {lambda_l, lambda_u, alpha_ds, alpha_as, beta, detach_min}, DType(dtype), threads);
   }
   return bad;
 }

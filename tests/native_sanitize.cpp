@@ -239,17 +239,21 @@ void drive_losses(int64_t batch, int64_t classes, DType dtype, int threads) {
   const Layout layout{batch, 1, classes};
   Values teacher(batch * classes, dtype), student(batch * classes, dtype),
       grad_teacher(batch * classes, dtype), grad_student(batch * classes, dtype);
-  Floats losses(4), h_prime(batch), loss(1);
+  Floats total(1), margin(1), disagreement(1), agreement(1), h_prime(batch), loss(1);
   std::unique_ptr<int64_t[]> labels(new int64_t[batch]);
   teacher.fill();
   student.fill();
   for (int64_t b = 0; b < batch; ++b) labels[b] = (b + 1) % classes;
   expect(first_bad_label(labels.get(), batch, classes) == -1, "first_bad_label", layout, dtype);
-  margin_loss(teacher.data(), student.data(), labels.get(), losses.floats(), h_prime.floats(),
+  margin_loss(teacher.data(), student.data(), labels.get(),
+              {total.floats(), margin.floats(), disagreement.floats(), agreement.floats(),
+               h_prime.floats()},
               grad_teacher.data(), grad_student.data(), batch, classes,
               {0.3, 0.6, 0.2, 0.1, 1.0, false}, dtype, threads);
-  expect(losses.written() && h_prime.written() && grad_teacher.written() && grad_student.written(),
-         "margin_loss", layout, dtype);
+  expect(total.written() && margin.written() && disagreement.written() && agreement.written(),
+         "losses of margin_loss", layout, dtype);
+  expect(h_prime.written() && grad_teacher.written() && grad_student.written(), "margin_loss",
+         layout, dtype);
   Values grad(batch * classes, dtype);
   entropy_distillation(teacher.data(), student.data(), loss.floats(), grad.data(), batch, classes,
                        5.0, dtype, threads);

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adadfq import functional
 from adadfq.errors import InvalidInputError
 from adadfq.ops import cpu, native_args, reference
 
@@ -351,6 +352,79 @@ def test_losses_take_16_bit_logits_in_any_layout(dtype: torch.dtype) -> None:
     for value, exact in zip(got, want, strict=True):
         tolerance = 1e-6 if value.dtype == torch.float32 else torch.finfo(dtype).eps
         torch.testing.assert_close(value.double(), exact, rtol=tolerance, atol=1e-7)
+
+
+def test_exp_is_right_over_its_whole_range() -> None:
+    """D of [x, 0] through H', in double; the gradient, in float, element by element down to float32's end."""
+    x = torch.cat([torch.linspace(-750, 750, 6001), torch.logspace(-3, 1, 500)])
+    teacher = torch.stack([x, torch.zeros_like(x)], 1)
+    arguments = (torch.zeros_like(teacher), torch.zeros(len(x), dtype=torch.int64), 0.3, 0.6, 0.2, 0.1, 1.0, False)
+    got = cpu.margin_loss(teacher, *arguments)
+    want = reference.margin_loss(teacher.double(), arguments[0].double(), *arguments[1:])
+    torch.testing.assert_close(got[4].double(), want[4], rtol=0, atol=1e-7)
+
+    for spread in (80.0, 700.0):
+        row = torch.linspace(-spread, spread, 4001)[None]
+        loss, grad = cpu.entropy_distillation(row, torch.zeros_like(row), 1.0)
+        want_loss, want_grad = reference.entropy_distillation(row.double(), torch.zeros_like(row).double(), 1.0)
+        torch.testing.assert_close(loss.double(), want_loss, rtol=1e-7, atol=0)
+        torch.testing.assert_close(grad.double(), want_grad, rtol=3e-5, atol=1e-36)
+
+
+def assert_same_but_for_rounding(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    for value, other in zip(got, want, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 16, 33, 300])
+@pytest.mark.parametrize("special", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("where", ["teacher", "student", "both", "opposite"])
+def test_losses_show_a_nan_or_infinity_as_the_reference_does(classes: int, special: float, where: str) -> None:
+    torch.manual_seed(0)
+    for k in {0, 1, 9, 15, 16, 31, 32, 257, classes - 1} & set(range(classes)):
+        teacher, student = torch.randn(2, 5, classes)
+        if where != "student":
+            teacher[3, k] = special
+        if where != "teacher":
+            student[3, k] = -special if where == "opposite" else special
+        for label in {0, k, classes - 1}:
+            arguments = (torch.full((5,), label), 0.1, 0.8, 0.2, 0.1, 1.0, False)
+            got = cpu.margin_loss(teacher, student, *arguments)
+            assert_same_but_for_rounding(got, reference.margin_loss(teacher, student, *arguments))
+            assert got[0].isnan() and got[5].isnan().all() and got[6].isnan().all()
+        loss, grad = cpu.entropy_distillation(teacher, student, 5.0)
+        assert_same_but_for_rounding((loss, grad), reference.entropy_distillation(teacher, student, 5.0))
+        assert loss.isnan() and grad.isnan().all(1).tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_the_losses_scale_with_what_comes_from_above(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(4, 10).to(dtype).requires_grad_() for _ in range(2)]
+    losses = (
+        lambda: functional.margin_loss(*logits, torch.arange(4), 0.1, 0.8, 0.2, 0.1, 1.0).total,
+        lambda: functional.entropy_distillation(*logits, 5.0),
+    )
+    for loss_of in losses:
+        loss = loss_of()
+
+        def gradients(loss: Tensor = loss, **options: object) -> list[Tensor]:
+            found = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True, **options)  # type: ignore
+            return [g for g in found if g is not None]
+
+        once = [g.clone() for g in gradients()]
+        for g, unit in zip(gradients(grad_outputs=torch.tensor(2.0)), once, strict=True):
+            assert torch.equal(g, 2 * unit)
+        for g, unit in zip(gradients(grad_outputs=torch.tensor([1.0, 4.0]), is_grads_batched=True), once, strict=True):
+            assert torch.equal(g, torch.stack([unit, 4 * unit]))
+        for _ in range(2):  # accumulation must not write to what the graph has saved
+            loss.backward(retain_graph=True)
+        for g, unit in zip((x.grad for x in logits if x.grad is not None), once, strict=True):
+            assert torch.equal(g, 2 * unit)
+        for unit, g in zip(once, gradients(), strict=True):
+            assert torch.equal(g, unit)
+        for x in logits:
+            x.grad = None
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 2**40])

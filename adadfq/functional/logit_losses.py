@@ -29,18 +29,40 @@ class MarginLoss(NamedTuple):
     """H' of every sample, [B] in [0, 1], detached: high where teacher and student agree."""
 
 
+def _is_one(grad: Tensor) -> bool:
+    """Whether `grad` is known to be 1, as where the loss is a term of a sum: then nothing needs to be multiplied.
+
+    Looked up on the CPU only, where it waits for nothing, and not where somebody traces or batches the call.
+    """
+    return (
+        type(grad) is Tensor
+        and grad.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_batchedtensor(grad)
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+        and not grad.requires_grad
+        and grad.item() == 1
+    )
+
+
 class _MarginLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, *settings: Any) -> Any:
-        *losses, grad_teacher, grad_student = run("margin_loss", teacher_logits, student_logits, labels, *settings)
-        ctx.save_for_backward(grad_teacher, grad_student)
-        ctx.mark_non_differentiable(*losses[1:])
-        return tuple(losses)
+    def forward(ctx: Any, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, settings: Any) -> Any:
+        results = run("margin_loss", teacher_logits, student_logits, labels, *settings)
+        ctx.save_for_backward(results[5], results[6])
+        ctx.mark_non_differentiable(*results[1:5])
+        ctx.set_materialize_grads(False)  # else each of those gets a gradient of zeros
+        return results[:5]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         grad_teacher, grad_student = ctx.saved_tensors
-        return grad * grad_teacher, grad * grad_student, *[None] * 7
+        if not _is_one(grad):
+            grad_teacher, grad_student = grad * grad_teacher, grad * grad_student
+        return grad_teacher, grad_student, None, None
 
 
 class _EntropyDistillation(torch.autograd.Function):
@@ -53,7 +75,7 @@ class _EntropyDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_student,) = ctx.saved_tensors
-        return None, grad * grad_student, None
+        return None, grad_student if _is_one(grad) else grad * grad_student, None
 
 
 def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,12 +128,14 @@ def margin_loss(
     checks.check_labels(labels, teacher_logits)
     lambda_u = checks.check_number("lambda_u", lambda_u, 0, 1)
     lambda_l = checks.check_number("lambda_l", lambda_l, 0, lambda_u)
-    weights = [checks.check_number(n, v) for n, v in (("alpha_ds", alpha_ds), ("alpha_as", alpha_as), ("beta", beta))]
+    alpha_ds = checks.check_number("alpha_ds", alpha_ds)
+    alpha_as = checks.check_number("alpha_as", alpha_as)
+    beta = checks.check_number("beta", beta)
     teacher_logits, student_logits = _same_dtype(teacher_logits, student_logits)
-    labels = labels.to(torch.int64)
-    return MarginLoss(
-        *_MarginLoss.apply(teacher_logits, student_logits, labels, lambda_l, lambda_u, *weights, bool(detach_min))
-    )
+    if labels.dtype != torch.int64:
+        labels = labels.to(torch.int64)
+    settings = (lambda_l, lambda_u, alpha_ds, alpha_as, beta, bool(detach_min))
+    return MarginLoss(*_MarginLoss.apply(teacher_logits, student_logits, labels, settings))
 
 
 def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
@@ -132,5 +156,7 @@ def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, tempera
     temperature = checks.check_number("temperature", temperature)
     if temperature <= 0:
         raise InvalidInputError(f"temperature must be positive, got {temperature!r}")
-    teacher_logits, student_logits = _same_dtype(teacher_logits.detach(), student_logits)
+    if teacher_logits.requires_grad:
+        teacher_logits = teacher_logits.detach()
+    teacher_logits, student_logits = _same_dtype(teacher_logits, student_logits)
     return _EntropyDistillation.apply(teacher_logits, student_logits, temperature)

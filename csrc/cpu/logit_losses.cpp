@@ -192,7 +192,8 @@ ADADFQ_INLINE Row summarise(Logits& row, int64_t classes, double log_classes, in
   out.deficit = at_most(at_least(sum_of(sums.weighted) / sum - log_mean, 0.0), log_classes);
   if (kAgreement) {
     const double log_sum_as = std::log(sum_of(sums.as));
-    out.log_p_ds = row.ds(label) - log_sum;
+    // -infinity in d makes D NaN but might leave this a number: no loss is to look sound then.
+    out.log_p_ds = row.ds(label) - log_sum + 0 * out.deficit;
     out.log_p_as = row.as(label) - log_sum_as;
     out.shift_as = row.shift_as += log_sum_as;
   }
@@ -322,8 +323,8 @@ double largest_deficit(const std::vector<Row>& rows) {
 }
 
 template <typename T>
-void margin_loss_of(const T* teacher, const T* student, const int64_t* labels, float* losses,
-                    float* h_prime, T* grad_teacher, T* grad_student, int64_t batch,
+void margin_loss_of(const T* teacher, const T* student, const int64_t* labels,
+                    const MarginLosses& losses, T* grad_teacher, T* grad_student, int64_t batch,
                     int64_t classes, const MarginLossOptions& o, int threads) {
   const double count = static_cast<double>(batch);
   std::vector<Row> rows(batch);
@@ -339,7 +340,7 @@ void margin_loss_of(const T* teacher, const T* student, const int64_t* labels, f
   std::vector<double> grad_deficit(batch);
   for (int64_t b = 0; b < batch; ++b) {
     const double deficit = rows[b].deficit, h = 1 - deficit / largest_floor;
-    h_prime[b] = static_cast<float>(h);
+    losses.h_prime[b] = static_cast<float>(h);
     margin += at_least(o.lambda_l - h, 0.0) + at_least(h - o.lambda_u, 0.0);
     disagreement -= rows[b].log_p_ds;
     agreement -= rows[b].log_p_as;
@@ -358,11 +359,11 @@ void margin_loss_of(const T* teacher, const T* student, const int64_t* labels, f
   margin /= count;
   disagreement /= count;
   agreement /= count;
-  losses[0] =
+  *losses.total =
       static_cast<float>(margin + o.beta * (o.alpha_ds * disagreement + o.alpha_as * agreement));
-  losses[1] = static_cast<float>(margin);
-  losses[2] = static_cast<float>(disagreement);
-  losses[3] = static_cast<float>(agreement);
+  *losses.margin = static_cast<float>(margin);
+  *losses.disagreement = static_cast<float>(disagreement);
+  *losses.agreement = static_cast<float>(agreement);
 
   const double weight_ds = o.beta * o.alpha_ds / count, weight_as = o.beta * o.alpha_as / count;
   parallel_for(batch, threads, 1, [&](int64_t begin, int64_t end) {
@@ -400,14 +401,14 @@ int64_t first_bad_label(const int64_t* labels, int64_t batch, int64_t classes) {
   return -1;
 }
 
-void margin_loss(const void* teacher, const void* student, const int64_t* labels, float* losses,
-                 float* h_prime, void* grad_teacher, void* grad_student, int64_t batch,
+void margin_loss(const void* teacher, const void* student, const int64_t* labels,
+                 const MarginLosses& losses, void* grad_teacher, void* grad_student, int64_t batch,
                  int64_t classes, const MarginLossOptions& options, DType dtype, int threads) {
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     margin_loss_of(static_cast<const T*>(teacher), static_cast<const T*>(student), labels, losses,
-                   h_prime, static_cast<T*>(grad_teacher), static_cast<T*>(grad_student), batch,
-                   classes, options, useful_threads(batch * classes * kElementCost, threads));
+                   static_cast<T*>(grad_teacher), static_cast<T*>(grad_student), batch, classes,
+                   options, useful_threads(batch * classes * kElementCost, threads));
   });
 }
 

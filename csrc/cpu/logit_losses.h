@@ -21,10 +21,15 @@ struct MarginLossOptions {
   bool detach_min;
 };
 
+// Addresses of four scalars and [batch].
+struct MarginLosses {
+  float *total, *margin, *disagreement, *agreement, *h_prime;
+};
+
 // Logits and their gradients: [batch, classes] of `dtype`, contiguous. Labels must have been
-// checked. losses: total, margin, disagreement, agreement. h_prime: [batch].
-void margin_loss(const void* teacher, const void* student, const int64_t* labels, float* losses,
-                 float* h_prime, void* grad_teacher, void* grad_student, int64_t batch,
+// checked.
+void margin_loss(const void* teacher, const void* student, const int64_t* labels,
+                 const MarginLosses& losses, void* grad_teacher, void* grad_student, int64_t batch,
                  int64_t classes, const MarginLossOptions& options, DType dtype, int threads);
 
 // Logits and gradient: [batch, classes] of `dtype`, contiguous.
