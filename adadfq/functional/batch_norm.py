@@ -53,7 +53,7 @@ class _BnMatchForward(torch.autograd.Function):
             grad_x = run("bn_match_backward", grad_loss, x, mean, var, running_mean, running_var)
             return grad_x, None, None, None, None, None
         if grad_loss is None:
-            grad_loss = mean.new_zeros(())
+            grad_loss = running_mean.new_zeros(())
         grad_x = run(
             "bn_match_forward_backward", grad_y, x, grad_loss, mean, var, running_mean, running_var, weight, ctx.eps
         )
