@@ -606,6 +606,18 @@ def test_statistics_hold_where_squares_overflow_float32(channels_last: bool) -> 
     assert loss == INF
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_statistics_hold_where_the_first_elements_are_far_from_the_mean(channels_last: bool) -> None:
+    values = torch.randn(4, 3, 20000, generator=torch.Generator().manual_seed(0))
+    values[0, :, :20] += 1e4
+    x = Layout((4, 3, 20000), (0, 2, 1) if channels_last else (0, 1, 2), (1, 1, 1), 0, None).place(values)
+    true_var, true_mean = torch.var_mean(x.double(), (0, 2), correction=0)
+    for _, f in implementations("bn_match"):
+        _, mean, var = f(x, torch.zeros(3), torch.ones(3))
+        torch.testing.assert_close(mean, true_mean, rtol=1e-6, atol=0)
+        torch.testing.assert_close(var, true_var, rtol=3e-6, atol=0)
+
+
 @given(data=st.data())
 @examples(700)
 def test_bn_match_forward(data: st.DataObject) -> None:

@@ -2,7 +2,8 @@
 
 Each checks its arguments, runs one operator of ``torch.ops.adadfq`` and attaches the gradient. All take float32,
 bfloat16, float16 and float64 tensors of any layout; arithmetic is in float32 (float64 for float64). None of them waits
-for the device, and all can be compiled with ``fullgraph=True``. Gradients are first order only.
+for the device, and all can be compiled with ``fullgraph=True`` (there no tensor may be given twice in one call).
+Gradients are first order only; ``create_graph=True`` is refused where a second derivative would be wrong.
 """
 
 from adadfq.functional.affine import affine_act_fake_quantize

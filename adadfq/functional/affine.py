@@ -9,13 +9,12 @@ from torch import Tensor
 
 from adadfq import checks
 from adadfq.errors import InvalidInputError
+from adadfq.functional.autograd import first_order_only
+from adadfq.ops import reference
 from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
-__all__ = ["ACTS", "affine_act_fake_quantize"]
-
-#: Activations :func:`affine_act_fake_quantize` knows.
-ACTS = ("none", "relu", "relu6")
+__all__ = ["affine_act_fake_quantize"]
 
 
 class _AffineActFakeQuantize(torch.autograd.Function):
@@ -32,10 +31,12 @@ class _AffineActFakeQuantize(torch.autograd.Function):
         bits: int,
     ) -> Tensor:
         ctx.act = act
-        ctx.save_for_backward(x, scale, shift, residual)
+        # Without an activation the backward asks nothing of u, and so not the residual.
+        ctx.save_for_backward(x, scale, shift, residual if act != "none" else None)
         return run("affine_act_fake_quantize", x, scale, shift, residual, act, act_scale, act_zero_point, bits)
 
     @staticmethod
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, scale_needed, shift_needed, residual_needed, *_ = ctx.needs_input_grad
         # Without an activation the gradient of the residual is the gradient itself.
@@ -97,8 +98,9 @@ def affine_act_fake_quantize(
         raise InvalidInputError(f"x must have at least the dimensions [N, C], got shape {list(x.shape)}")
     checks.check_channelwise("scale", scale, x)
     checks.check_channelwise("shift", shift, x)
-    if act not in ACTS:
-        raise InvalidInputError(f"act must be one of {', '.join(ACTS)}, got {act!r}")
+    reference.act_number(act)
+    if residual is not None:
+        checks.check_floating("residual", residual)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         raise InvalidInputError(
             f"residual must be {x.dtype} {list(x.shape)} on {x.device} like x, got {residual.dtype} "
@@ -108,6 +110,8 @@ def affine_act_fake_quantize(
     act_scale = act_zero_point = None
     bits = checks.MAX_BITS
     if qparams is not None:
+        if not isinstance(qparams, (tuple, list)) or len(qparams) != 3:
+            raise InvalidInputError(f"qparams must be (scale, zero_point, bits) or None, got {qparams!r}")
         act_scale, act_zero_point, bits = qparams
         checks.check_bits("bits", bits)
         act_scale, act_zero_point = checks.check_quantizer(act_scale, act_zero_point, None, x, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adadfq import checks
 from adadfq.errors import InvalidInputError
+from adadfq.functional.autograd import first_order_only
 from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
@@ -23,6 +24,7 @@ class _BnMatch(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return run("bn_match_backward", grad, *ctx.saved_tensors), None, None
 
@@ -45,6 +47,7 @@ class _BnMatchForward(torch.autograd.Function):
         return y, loss
 
     @staticmethod
+    @first_order_only
     def backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mean, var, running_mean, running_var, weight = ctx.saved_tensors
         if grad_y is None and grad_loss is None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from adadfq import checks
 from adadfq.errors import InvalidInputError
-from adadfq.ops.run import run
+from adadfq.functional.autograd import first_order_only
+from adadfq.ops.run import needs_gradient, run
 
 __all__ = ["MarginLoss", "entropy_distillation", "margin_loss"]
 
@@ -56,6 +57,7 @@ class _MarginLoss(torch.autograd.Function):
         return results[:5]
 
     @staticmethod
+    @first_order_only
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
@@ -73,6 +75,7 @@ class _EntropyDistillation(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_student,) = ctx.saved_tensors
         return None, grad_student if _is_one(grad) else grad * grad_student, None
@@ -135,6 +138,8 @@ def margin_loss(
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     settings = (lambda_l, lambda_u, alpha_ds, alpha_as, beta, bool(detach_min))
+    if not needs_gradient(teacher_logits, student_logits):
+        return MarginLoss(*run("margin_loss", teacher_logits, student_logits, labels, *settings)[:5])
     return MarginLoss(*_MarginLoss.apply(teacher_logits, student_logits, labels, settings))
 
 
@@ -159,4 +164,6 @@ def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, tempera
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
     teacher_logits, student_logits = _same_dtype(teacher_logits, student_logits)
+    if not needs_gradient(student_logits):
+        return run("entropy_distillation", teacher_logits, student_logits, temperature)[0]
     return _EntropyDistillation.apply(teacher_logits, student_logits, temperature)

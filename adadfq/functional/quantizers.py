@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adadfq import checks
 from adadfq.errors import InvalidInputError
+from adadfq.functional.autograd import first_order_only
 from adadfq.ops import reference
 from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
@@ -34,21 +35,29 @@ _RANGE_STATE = (
 
 
 class _FakeQuantize(torch.autograd.Function):
+    """Straight-through: the gradient passes unchanged, at any order."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None, clip_grad: bool
-    ) -> Tensor:
-        ctx.bits, ctx.axis, ctx.clip_grad = bits, axis, clip_grad
-        if clip_grad:
-            ctx.save_for_backward(x, scale, zero_point)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
         return run("fake_quantize", x, scale, zero_point, bits, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.clip_grad:
-            x, scale, zero_point = ctx.saved_tensors
-            grad = run("fake_quantize_backward", grad, x, scale, zero_point, ctx.bits, ctx.axis)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None
+
+
+class _FakeQuantizeClipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
+        ctx.bits, ctx.axis = bits, axis
+        ctx.save_for_backward(x, scale, zero_point)
+        return run("fake_quantize", x, scale, zero_point, bits, axis)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        return run("fake_quantize_backward", grad, x, scale, zero_point, ctx.bits, ctx.axis), None, None, None, None
 
 
 class _DynamicFakeQuantize(torch.autograd.Function):
@@ -80,7 +89,8 @@ class _ForeachDynamicFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bits: list[int], axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         x_hats, scales, zero_points = run("foreach_dynamic_fake_quantize", list(tensors), bits, axis)
-        ctx.mark_non_differentiable(*scales, *zero_points)
+        constant = [x for x, needed in zip(x_hats, ctx.needs_input_grad[2:], strict=True) if not needed]
+        ctx.mark_non_differentiable(*constant, *scales, *zero_points)
         ctx.set_materialize_grads(False)
         return *x_hats, *scales, *zero_points
 
@@ -171,10 +181,14 @@ def fake_quantize(
             raise InvalidInputError("inplace must be False with clip_grad, whose backward needs the old values of x")
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             raise InvalidInputError("inplace must be False for a leaf that requires a gradient")
+        if not needs_gradient(x):
+            run("fake_quantize_", x, scale, zero_point, bits, axis)
+            return x
         return _FakeQuantizeInplace.apply(x, scale, zero_point, bits, axis)
     if not needs_gradient(x):
         return run("fake_quantize", x, scale, zero_point, bits, axis)
-    return _FakeQuantize.apply(x, scale, zero_point, bits, axis, clip_grad)
+    function = _FakeQuantizeClipped if clip_grad else _FakeQuantize
+    return function.apply(x, scale, zero_point, bits, axis)
 
 
 def dynamic_fake_quantize(x: Tensor, bits: int, axis: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,8 +234,10 @@ def foreach_dynamic_fake_quantize(
         InvalidInputError: a width, the axis, a dtype or a device does not fit, or there are not as many widths as
             tensors.
     """
+    if isinstance(tensors, Tensor):
+        raise InvalidInputError("tensors must be a list of tensors, got one: its rows would be quantised on their own")
     tensors = list(tensors)
-    widths = [bits] * len(tensors) if isinstance(bits, int) else list(bits)
+    widths = list(bits) if isinstance(bits, Sequence) else [checks.check_bits("bits", bits)] * len(tensors)
     if len(widths) != len(tensors):
         raise InvalidInputError(f"bits must be one width or one a tensor, got {len(widths)} for {len(tensors)} tensors")
     if not tensors:
@@ -285,7 +301,11 @@ def observe_fake_quantize(
     if x.numel() == 0:
         raise InvalidInputError(f"x must hold at least one element, got shape {list(x.shape)}")
     state = (running_min, running_max, num_batches, scale, zero_point)
+    if len({id(values) for values in state}) != len(state):
+        raise InvalidInputError("running_min, running_max, num_batches, scale and zero_point must be different tensors")
     for values, (name, dtype) in zip(state, _RANGE_STATE, strict=True):
+        if not isinstance(values, Tensor) or values.requires_grad:
+            raise InvalidInputError(f"{name} must be a tensor without a gradient, got {values!r}")
         if values.numel() != 1 or values.dtype != dtype or values.device != x.device:
             raise InvalidInputError(
                 f"{name} must hold one {dtype} on {x.device}, got {values.numel()} of {values.dtype} on {values.device}"

@@ -53,7 +53,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
     _call(op, x, x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr(), *layout, bits)
     return out
 
@@ -63,7 +63,7 @@ def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis
     op = "fake_quantize"
     if x.numel() == 0:
         return
-    dense, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    dense, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
     _call(op, x, dense.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), dense.data_ptr(), *layout, bits)
     if dense is not x:
         x.copy_(dense)
@@ -77,7 +77,7 @@ def fake_quantize_backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
     grad = native_args.like(op, "grad", grad, x)
     pointers = (grad.data_ptr(), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
     _call(op, x, *pointers, *layout, bits)
@@ -97,14 +97,15 @@ def foreach_dynamic_fake_quantize(
     op = "dynamic_fake_quantize"
     x_hats, scales, zero_points, kept, structs = [], [], [], [], array("q")
     for x, width in zip(tensors, bits, strict=True):
+        native_args.check_bits(op, width)
         if x.numel() == 0:
             out, scale, zero_point = reference.dynamic_fake_quantize(x, width, axis)
         else:
             out = torch.empty_like(x)
             x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
             layout = native_args.layout(op, x, axis)
-            scale = torch.empty(layout.channels, dtype=torch.float32)
-            zero_point = torch.empty(layout.channels, dtype=torch.int32)
+            scale = torch.empty(layout.channels, dtype=torch.float32, device=x.device)
+            zero_point = torch.empty(layout.channels, dtype=torch.int32, device=x.device)
             # The fields of DynamicTensor in csrc/cpu/dynamic_fake_quantize.h.
             structs.extend((x.data_ptr(), out.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), *layout, width))
             kept.append(x)
@@ -130,6 +131,7 @@ def observe_fake_quantize(
 ) -> Tensor:
     """See :func:`adadfq.ops.reference.observe_fake_quantize`."""
     op = "observe_fake_quantize"
+    native_args.check_bits(op, bits)
     out = torch.empty_like(x)
     x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
     if x.numel() == 0:
@@ -148,16 +150,6 @@ def observe_fake_quantize(
     return out
 
 
-#: Activation -> the number csrc/cpu/affine_act_fake_quantize.h gives it.
-ACT_NUMBERS = {"none": 0, "relu": 1, "relu6": 2}
-
-
-def _act_number(op: str, act: str) -> int:
-    if act not in ACT_NUMBERS:
-        raise InvalidInputError(f"{op}: act must be one of {', '.join(ACT_NUMBERS)}, got {act!r}")
-    return ACT_NUMBERS[act]
-
-
 def affine_act_fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -170,8 +162,9 @@ def affine_act_fake_quantize(
 ) -> Tensor:
     """See :func:`adadfq.ops.reference.affine_act_fake_quantize`; equal to it bit for bit."""
     op = "affine_act_fake_quantize"
+    native_args.check_bits(op, bits)
     out = torch.empty_like(x)
-    act_number = _act_number(op, act)
+    act_number = reference.act_number(act)
     if x.numel() == 0:
         return out
     x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
@@ -180,9 +173,7 @@ def affine_act_fake_quantize(
     shift = native_args.vector(op, "shift", shift, x.shape[1], torch.float32, x.device)
     if residual is not None:
         residual = native_args.like(op, "residual", residual, x)
-    if act_scale is None or act_zero_point is None:
-        act_scale = act_zero_point = None
-    else:
+    if reference.is_quantised(act_scale, act_zero_point):
         act_scale = native_args.scalar(op, "act_scale", act_scale, torch.float32, x.device)
         act_zero_point = native_args.scalar(op, "act_zero_point", act_zero_point, torch.int32, x.device)
     _call(
@@ -214,12 +205,12 @@ def affine_act_fake_quantize_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`adadfq.ops.reference.affine_act_fake_quantize_backward`; sums beyond 4096 elements in float64."""
     op = "affine_act_fake_quantize_backward"
-    act_number = _act_number(op, act)
+    act_number = reference.act_number(act)
     grad_x = torch.empty_like(x)
     x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
     channels = x.shape[1]
     grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
-    grad_scale = torch.empty(channels if need_params else 0, dtype=torch.float32)
+    grad_scale = torch.empty(channels if need_params else 0, dtype=torch.float32, device=x.device)
     grad_shift = torch.empty_like(grad_scale)
     if x.numel() == 0:
         return grad_x, grad_residual, grad_scale.zero_(), grad_shift.zero_()
@@ -281,9 +272,9 @@ def _bn_match(
         weight = native_args.vector(op, "weight", weight, channels, torch.float32, device)
     if bias is not None:
         bias = native_args.vector(op, "bias", bias, channels, torch.float32, device)
-    loss = torch.empty((), dtype=torch.float32)
-    mean = torch.empty(channels, dtype=torch.float64)
-    var = torch.empty(channels, dtype=torch.float64)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    mean = torch.empty(channels, dtype=torch.float64, device=device)
+    var = torch.empty(channels, dtype=torch.float64, device=device)
     _call(
         "bn_match",
         x,

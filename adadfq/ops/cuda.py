@@ -84,7 +84,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
     pointers = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
     _launch(op, x, *pointers, *layout, bits)
     return out
@@ -98,7 +98,7 @@ def fake_quantize_backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
     grad = native_args.like(op, "grad", grad, x)
     pointers = (grad.data_ptr(), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
     _launch(op, x, *pointers, *layout, bits)

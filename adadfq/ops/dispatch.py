@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from adadfq.errors import BackendError
+from adadfq.errors import BackendError, InvalidInputError
 from adadfq.ops import cpu, cuda, reference, triton
 
 #: Every backend is a module with NAME, DEVICE_TYPE (None: any), DTYPES (None: any floating), KERNELS and
@@ -111,6 +111,8 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on the backend chosen for its main tensor: the implementation registered for every operator."""
     main: torch.Tensor = args[1] if op.endswith("_backward") else args[0]
     if isinstance(main, list):
+        if not main:
+            raise InvalidInputError(f"{op}: the list must hold at least one tensor")
         main = main[0]
     result = BACKENDS[select(op, main.device.type, main.dtype)].KERNELS[op](*args, **kwargs)
     if op in MUTATES:

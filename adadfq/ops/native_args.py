@@ -106,6 +106,12 @@ def vector(op: str, name: str, tensor: Tensor, length: int, dtype: torch.dtype, 
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def check_bits(op: str, bits: int) -> None:
+    """Raise unless `bits` is in 2..8: native code shifts by it."""
+    if not 2 <= bits <= 8:
+        raise _refuse(op, "bits", f"must be 2..8, got {bits}")
+
+
 def scalar(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`tensor` itself, after a check that it holds one value of `dtype` on `device`.
 
@@ -149,13 +155,14 @@ def layout(op: str, x: Tensor, axis: int | None) -> Layout:
 
 
 def quantizer(
-    op: str, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, device_type: str
+    op: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None, device_type: str
 ) -> tuple[Tensor, Tensor, Tensor, Layout]:
     """(x, scale, zero_point, layout) of a fake quantisation, checked and dense; `x` must not be empty.
 
     Raises:
-        InvalidInputError: wrong device, dtype or shape.
+        InvalidInputError: wrong device, dtype, shape or width.
     """
+    check_bits(op, bits)
     x = main_tensor(op, "x", x, device_type)
     found = layout(op, x, axis)
     scale = vector(op, "scale", scale, found.channels, torch.float32, x.device)

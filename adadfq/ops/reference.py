@@ -146,6 +146,32 @@ def observe_fake_quantize(
     return fake_quantize(x, scale, zero_point, bits)
 
 
+#: Activations, in the order of their numbers in csrc/cpu/affine_act_fake_quantize.h.
+ACTS = ("none", "relu", "relu6")
+
+
+def act_number(act: str) -> int:
+    """Position of `act` in :data:`ACTS`.
+
+    Raises:
+        InvalidInputError: it is none of them.
+    """
+    if act not in ACTS:
+        raise InvalidInputError(f"act must be one of {', '.join(ACTS)}, got {act!r}")
+    return ACTS.index(act)
+
+
+def is_quantised(act_scale: Tensor | None, act_zero_point: Tensor | None) -> bool:
+    """Whether the quantiser is there.
+
+    Raises:
+        InvalidInputError: half of it is.
+    """
+    if (act_scale is None) != (act_zero_point is None):
+        raise InvalidInputError("act_scale and act_zero_point must be given together or not at all")
+    return act_scale is not None
+
+
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
     u = _compute(x) * _per_axis(scale, x.dim(), 1) + _per_axis(shift, x.dim(), 1)
     return u if residual is None else u + _compute(residual)
@@ -162,13 +188,14 @@ def affine_act_fake_quantize(
     bits: int,
 ) -> Tensor:
     """fake_quantize(act(x * scale_c + shift_c + residual)), without quantisation where `act_scale` is None."""
+    act_number(act)
     u = _affine(x, scale, shift, residual)
     # Comparisons rather than clamp: NaN and -0 come out alike on every device.
     if act != "none":
         u = torch.where(u < 0, 0, u)
     if act == "relu6":
         u = torch.where(u > 6, 6, u)
-    if act_scale is not None and act_zero_point is not None:
+    if is_quantised(act_scale, act_zero_point):
         u = fake_quantize(u, act_scale, act_zero_point, bits)
     return torch.empty_like(x).copy_(u)
 
@@ -188,6 +215,7 @@ def affine_act_fake_quantize_backward(
     du = grad where the activation is not flat at u = x * scale + shift + residual (quantisation passes it unchanged);
     grad_x = du scale, grad_residual = du, grad_scale = sum du x, grad_shift = sum du.
     """
+    act_number(act)
     du = grad if grad.dtype == torch.float64 else grad.float()
     if act != "none":
         u = _affine(x, scale, shift, residual)

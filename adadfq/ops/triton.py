@@ -44,7 +44,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
     with torch.cuda.device(x.device):
         _kernels().fake_quantize(x, scale, zero_point, out, layout.channels, layout.inner, bits)
     return out
@@ -58,7 +58,7 @@ def fake_quantize_backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, axis, DEVICE_TYPE)
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
     grad = native_args.like(op, "grad", grad, x)
     with torch.cuda.device(x.device):
         _kernels().fake_quantize_backward(grad, x, scale, zero_point, out, layout.channels, layout.inner, bits)

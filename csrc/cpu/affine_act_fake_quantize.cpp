@@ -141,11 +141,11 @@ ADADFQ_INLINE void tile_gradients(const Gradients<T>& g, int64_t begin, int64_t 
                                   int64_t columns, double* ADADFQ_RESTRICT sum_x,
                                   double* ADADFQ_RESTRICT sum, float* ADADFQ_RESTRICT scratch) {
   float* ADADFQ_RESTRICT first = scratch;
-  float* ADADFQ_RESTRICT second = scratch + columns;
+  float* ADADFQ_RESTRICT second = kSums ? scratch + columns : nullptr;
   const float* ADADFQ_RESTRICT scale = g.scale;
   const float* ADADFQ_RESTRICT shift = g.shift;
   const Flat flat = g.flat;
-  for (int64_t i = 0; i < 2 * columns; ++i) scratch[i] = 0;
+  for (int64_t i = 0; kSums && i < 2 * columns; ++i) scratch[i] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = begin + r * columns;
     const T* ADADFQ_RESTRICT grad = g.grad + row;
@@ -172,21 +172,26 @@ ADADFQ_INLINE void tile_gradients(const Gradients<T>& g, int64_t begin, int64_t 
 template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
 ADADFQ_INLINE void gradients(const ChannelWalk& walk, const Gradients<T>& g, int64_t first,
                              int64_t last, double* sum_x, double* sum, float* scratch) {
-  if (walk.by_rows) {
-    walk_rows(walk, first, last, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
-      float* lanes = kSums && walk.short_rows ? scratch + 2 * kShortLanes * c : nullptr;
-      row_gradients<kResidual, kWriteResidual, kSums>(g, begin, n, c, sum_x, sum, lanes);
-    });
-    for (int64_t c = 0; kSums && walk.short_rows && c < walk.layout.channels; ++c) {
-      float* lanes = scratch + 2 * kShortLanes * c;
-      sum_x[c] += static_cast<double>(sum_short_lanes(lanes));
-      sum[c] += static_cast<double>(sum_short_lanes(lanes + kShortLanes));
-    }
-  } else {
+  if (!walk.by_rows) {
     walk_tiles(walk, first, last, [&](int64_t begin, int64_t rows) ADADFQ_INLINE_LAMBDA {
       tile_gradients<kResidual, kWriteResidual, kSums>(g, begin, rows, walk.columns(), sum_x, sum,
                                                        scratch);
     });
+    return;
+  }
+  const bool in_lanes = kSums && walk.short_rows;
+  for (int64_t stop; first < last; first = stop) {
+    stop = in_lanes ? std::min(last, first + walk.flush_units()) : last;
+    for (int64_t i = 0; in_lanes && i < walk.scratch(); ++i) scratch[i] = 0;
+    walk_rows(walk, first, stop, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
+      float* lanes = in_lanes ? scratch + 2 * kShortLanes * c : nullptr;
+      row_gradients<kResidual, kWriteResidual, kSums>(g, begin, n, c, sum_x, sum, lanes);
+    });
+    for (int64_t c = 0; in_lanes && c < walk.layout.channels; ++c) {
+      float* lanes = scratch + 2 * kShortLanes * c;
+      sum_x[c] += static_cast<double>(sum_short_lanes(lanes));
+      sum[c] += static_cast<double>(sum_short_lanes(lanes + kShortLanes));
+    }
   }
 }
 
@@ -222,8 +227,8 @@ ADADFQ_INLINE void gradients_any(const ChannelWalk& walk, const Gradients<T>& g,
     gradients_any<true>(walk, g, first, last, sum_x, sum, scratch);                           \
   }                                                                                           \
   ADADFQ_CLONES void gradients_without_sums(const ChannelWalk& walk, const Gradients<T>& g,   \
-                                            int64_t first, int64_t last, float* scratch) {    \
-    gradients_any<false>(walk, g, first, last, nullptr, nullptr, scratch);                    \
+                                            int64_t first, int64_t last) {                    \
+    gradients_any<false>(walk, g, first, last, nullptr, nullptr, nullptr);                    \
   }
 
 ADADFQ_DEFINE(float)
@@ -279,18 +284,16 @@ void affine_act_fake_quantize_backward(const void* grad, const void* x, const fl
                          shifts.data(),
                          flat_of(act)};
     if (!grad_scale) {
-      parallel_for(walk.units, useful_threads(layout.elements(), threads), 1,
-                   [&](int64_t first, int64_t last) {
-                     std::vector<float> unused(walk.scratch());
-                     gradients_without_sums(walk, g, first, last, unused.data());
-                   });
+      parallel_for(
+          walk.units, useful_threads(layout.elements(), threads), 1,
+          [&](int64_t first, int64_t last) { gradients_without_sums(walk, g, first, last); });
       return;
     }
     std::vector<double> sum_x, sum;
-    channel_sums(walk, threads, sum_x, sum, [&](int64_t first, int64_t last, double* a, double* b) {
-      std::vector<float> lanes(walk.scratch());
-      gradients_chunk(walk, g, first, last, a, b, lanes.data());
-    });
+    channel_sums(walk, threads, sum_x, sum,
+                 [&](int64_t first, int64_t last, double* a, double* b, float* scratch) {
+                   gradients_chunk(walk, g, first, last, a, b, scratch);
+                 });
     for (int64_t c = 0; c < layout.channels; ++c) {
       grad_scale[c] = static_cast<float>(sum_x[c]);
       grad_shift[c] = static_cast<float>(sum[c]);

@@ -3,10 +3,11 @@
 //
 //   mean_c = sum x / n        var_c = sum (x - mean_c)^2 / n
 //   loss   = sum_c (mean_c - running_mean_c)^2 / C + sum_c (var_c - running_var_c)^2 / C
-//   y      = (x - running_mean_c) slope_c + bias_c       slope_c = weight_c / sqrt(running_var_c +
-//   eps) dL/dx  = dL/dy slope_c
-//            + dL/dloss 2 / (C n) [(mean_c - running_mean_c) + 2 (var_c - running_var_c) (x -
-//            mean_c)]
+//   slope_c = weight_c / sqrt(running_var_c + eps)
+//   y       = (x - running_mean_c) slope_c + bias_c
+//   factor  = dL/dloss 2 / (C n)
+//   dL/dx   = dL/dy slope_c + factor (mean_c - running_mean_c)
+//             + factor 2 (var_c - running_var_c) (x - mean_c)
 //
 // Sums are taken about a value p_c near the channel's mean (the mean of its first elements), so
 // that a large mean cancels nothing: mean = p + sum (x - p) / n, var = sum (x - p)^2 / n - (mean -
@@ -128,16 +129,28 @@ ADADFQ_INLINE void tile_statistics(const T* ADADFQ_RESTRICT x, int64_t rows, int
 template <typename T>
 ADADFQ_INLINE void statistics(const ChannelWalk& walk, const Task<T>& task, int64_t first,
                               int64_t last, double* sum, double* squares, float* scratch) {
+  const auto row = [&](int64_t begin, int64_t n, int64_t c, float* lanes) ADADFQ_INLINE_LAMBDA {
+    row_statistics(task.x + begin, n, task.pivot[c], sum + c, squares + c, lanes);
+    if (task.y) {
+      normalise(task.x + begin, task.y + begin, n, task.running_mean[c], task.slope[c],
+                task.bias[c]);
+    }
+  };
+  if (walk.short_rows) {
+    for (int64_t stop; first < last; first = stop) {
+      stop = std::min(last, first + walk.flush_units());
+      for (int64_t i = 0; i < walk.scratch(); ++i) scratch[i] = 0;
+      walk_rows(walk, first, stop, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
+        row(begin, n, c, scratch + 2 * kShortLanes * c);
+      });
+      end_short_rows(walk, task, first, stop, sum, squares, scratch);
+    }
+    return;
+  }
   if (walk.by_rows) {
     walk_rows(walk, first, last, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
-      float* lanes = walk.short_rows ? scratch + 2 * kShortLanes * c : nullptr;
-      row_statistics(task.x + begin, n, task.pivot[c], sum + c, squares + c, lanes);
-      if (task.y) {
-        normalise(task.x + begin, task.y + begin, n, task.running_mean[c], task.slope[c],
-                  task.bias[c]);
-      }
+      row(begin, n, c, nullptr);
     });
-    if (walk.short_rows) end_short_rows(walk, task, first, last, sum, squares, scratch);
     return;
   }
   const int64_t columns = walk.columns();
@@ -254,17 +267,18 @@ bool moments_about(const std::vector<float>& pivot, const T* x, T* y, const Batc
                            slopes = spread(walk, slope.data()), biases = spread(walk, bias.data());
   const Task<T> task{x, y, pivots.data(), means.data(), slopes.data(), biases.data()};
   std::vector<double> sum, squares;
-  channel_sums(walk, threads, sum, squares, [&](int64_t first, int64_t last, double* a, double* b) {
-    std::vector<float> scratch(walk.scratch());
-    statistics_chunk(walk, task, first, last, a, b, scratch.data());
-  });
+  channel_sums(walk, threads, sum, squares,
+               [&](int64_t first, int64_t last, double* a, double* b, float* scratch) {
+                 statistics_chunk(walk, task, first, last, a, b, scratch);
+               });
   const double count = static_cast<double>(layout.outer * layout.inner);
   bool near = true;
   for (int64_t c = 0; c < layout.channels; ++c) {
     const double offset = sum[c] / count, variance = squares[c] / count - offset * offset;
     mean[c] = static_cast<double>(pivot[c]) + offset;
     var[c] = variance < 0 ? 0 : variance;
-    near &= !(offset * offset > 64 * var[c]);
+    // Offsets whose squares are next to nothing in float leave the variance as it is.
+    near &= !(offset * offset > 64 * var[c] && offset * offset > FLT_MIN);
   }
   return near;
 }

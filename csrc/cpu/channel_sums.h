@@ -7,8 +7,8 @@
 // Within a chunk, where neighbouring elements belong to one channel, the walk goes row piece by row
 // piece; where the channel changes from element to element (channels_last, [N, C]), tile by tile of
 // whole rows of columns. Pieces and tiles fit the cache and are short enough for sums in float.
-// Rows too short to be worth a sum of their own (7x7, 14x14) share lanes over all rows of their
-// channel in the chunk.
+// Rows too short to be worth a sum of their own (7x7, 14x14) share lanes over some rows of their
+// channel.
 #ifndef ADADFQ_CPU_CHANNEL_SUMS_H_
 #define ADADFQ_CPU_CHANNEL_SUMS_H_
 
@@ -26,7 +26,7 @@ constexpr int64_t kTileElements = 32768;  // of columns: 128 KiB as float32, wit
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kShortRow = 512;
 constexpr int64_t kChunkElements = 32768;
-constexpr int64_t kMostChunks = 256;
+constexpr int64_t kMostChunks = 4096;
 
 // Sums in float are kept in this many lanes, whatever the width of a vector register, so that every
 // machine adds in the same order.
@@ -43,12 +43,16 @@ struct ChannelWalk {
     const int64_t n = layout.elements();
     int64_t elements =
         std::max({kChunkElements, 64 * width(), (n + kMostChunks - 1) / kMostChunks});
-    // Several rows of a channel a chunk, if that leaves chunks to share out.
-    if (short_rows) elements = std::max(elements, std::min(8 * columns(), n / 8));
+    // Several rows of a channel a chunk, if that leaves enough chunks to share out.
+    if (short_rows) elements = std::max(elements, std::min(8 * columns(), n / 32));
     chunks = std::min(units, std::max<int64_t>(1, layout.elements() / elements));
   }
 
   int64_t columns() const { return layout.channels * layout.inner; }
+  // Row pieces after which the lanes of short rows go to double.
+  int64_t flush_units() const {
+    return layout.channels * std::max<int64_t>(1, kPieceElements / layout.inner);
+  }
   // Floats a chunk needs to keep sums in before they go to double.
   int64_t scratch() const {
     return !by_rows ? 2 * columns() : short_rows ? 2 * kShortLanes * layout.channels : 0;
@@ -98,18 +102,26 @@ ADADFQ_INLINE void walk_tiles(const ChannelWalk& walk, int64_t first, int64_t la
   }
 }
 
-// chunk(first, last, a, b) adds the sums of units [first, last) to a and b, walk.width() values
-// each that start at 0. Their totals go to `a` and `b`, one value a channel.
+// chunk(first, last, a, b, scratch) adds the sums of units [first, last) to a and b, walk.width()
+// values each that start at 0; scratch is walk.scratch() floats of any value. The totals go to `a`
+// and `b`, one value a channel.
 template <typename Chunk>
 void channel_sums(const ChannelWalk& walk, int threads, std::vector<double>& a,
                   std::vector<double>& b, const Chunk& chunk) {
   const int64_t width = walk.width();
   std::vector<double> partial(2 * walk.chunks * width);
-  threads = useful_threads(walk.layout.elements(), threads);
-  parallel_for(walk.chunks, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double* sums = &partial[2 * i * width];
-      chunk(i * walk.units / walk.chunks, (i + 1) * walk.units / walk.chunks, sums, sums + width);
+  const int64_t parts =
+      std::min<int64_t>(walk.chunks, useful_threads(walk.layout.elements(), threads));
+  // Allocated here: an exception must not leave a parallel region.
+  std::vector<float> scratch(parts * walk.scratch());
+  parallel_for(parts, static_cast<int>(parts), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t stop = (part + 1) * walk.chunks / parts;
+      for (int64_t i = part * walk.chunks / parts; i < stop; ++i) {
+        double* sums = &partial[2 * i * width];
+        chunk(i * walk.units / walk.chunks, (i + 1) * walk.units / walk.chunks, sums, sums + width,
+              scratch.data() + part * walk.scratch());
+      }
     }
   });
   a.assign(walk.layout.channels, 0.0);
