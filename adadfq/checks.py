@@ -24,6 +24,8 @@ def check_bits(name: str, bits: Any) -> int:
 
 def check_number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
     """Return `value` if it is a finite number in [lowest, highest]."""
+    if type(value) is float and lowest <= value <= highest and -math.inf < value < math.inf:
+        return value  # nearly every call, in half the time
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
         raise InvalidInputError(f"{name} must be a finite number, got {value!r}")
     if not lowest <= value <= highest:
