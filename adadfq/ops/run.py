@@ -7,6 +7,7 @@ what a call on the logits of a small batch costs altogether.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,34 +18,37 @@ from adadfq.ops import dispatch
 from adadfq.ops.schema import OPERATORS
 
 _OVERLOADS = {name: getattr(torch.ops.adadfq, name).default for name in OPERATORS}
-_PLAIN = (Tensor, nn.Parameter)
-_WITHOUT_MEMORY = (bool, int, float, str, type(None))
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_SETTINGS = frozenset({bool, int, float, str, type(None)})
 
 
 def _is_watched() -> bool:
     """Whether a compiler, mode, transform, tracer or profiler is to see every operator."""
-    return bool(
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
     )
 
 
-def _is_plain(argument: Any) -> bool:
-    """Whether `argument` is no tensor, or one that is just its memory: no subclass, nothing left to be computed."""
-    if type(argument) in _PLAIN:
-        return not (argument.is_neg() or argument._is_zerotensor())
-    if type(argument) is list:
-        return all(map(_is_plain, argument))
-    return isinstance(argument, _WITHOUT_MEMORY)
+def _are_plain(arguments: Sequence[Any]) -> bool:
+    """Whether every tensor is just its memory: no subclass, nothing that is still to be computed."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind in _TENSORS:
+            if argument.is_neg() or argument._is_zerotensor():
+                return False
+        elif kind not in _SETTINGS and not (kind is list and _are_plain(argument)):
+            return False
+    return True
 
 
 def run(op: str, *args: Any) -> Any:
     """Call operator `op` on positional arguments."""
-    if _is_watched() or not all(map(_is_plain, args)):
+    if _is_watched() or not _are_plain(args):
         return _OVERLOADS[op](*args)
     return dispatch.call(op, *args)
 
