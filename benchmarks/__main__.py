@@ -113,6 +113,7 @@ def _select(
 @_json
 @click.option("--kernels-only", is_flag=True, help="Only cases that a backend other than the reference serves.")
 @click.option("--limit", type=click.FloatRange(0), help="Begin no case after so many seconds; the file says which.")
+@click.option("--huge-pages", is_flag=True, help="Huge pages under every provider's new tensors (Linux, CPU).")
 def ops(
     suite: str,
     ops: tuple[str, ...],
@@ -125,6 +126,7 @@ def ops(
     json_path: Path | None,
     kernels_only: bool,
     limit: float | None,
+    huge_pages: bool,
 ) -> None:
     """Time the operators against their rivals and a copy of the same bytes.
 
@@ -132,11 +134,14 @@ def ops(
     """
     from benchmarks import store
     from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.huge_pages import for_everybody
     from benchmarks.ops import run_case
     from benchmarks.report import judged_text, rows_text
 
     device = pick_device(device_name, threads)
     chosen = _select(suite, ops, filters, providers, device.type, kernels_only)
+    if huge_pages:
+        for_everybody()
     environment = describe(device)
     options = {
         "suite": suite,

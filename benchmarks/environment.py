@@ -13,6 +13,7 @@ import torch
 
 from adadfq import info
 from adadfq.errors import InvalidInputError
+from benchmarks import huge_pages
 
 _ROOT = Path(__file__).parents[1]
 
@@ -36,6 +37,7 @@ def pick_device(name: str, threads: int) -> torch.device:
 def describe(device: torch.device) -> dict[str, Any]:
     """device, device_name, cpu, cpus, threads, system, versions {name: version}, git_commit, git_dirty, date (UTC).
 
+    Also transparent_hugepage, the system's mode, and thp_mem_alloc, whether PyTorch's allocator asks for huge pages.
     git_commit and git_dirty are None outside a git checkout.
     """
     found = info.collect()
@@ -48,6 +50,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu": f"{cpu['name']} ({cpu['capability']})",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "transparent_hugepage": huge_pages.mode(),
+        "thp_mem_alloc": huge_pages.asked_for(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "adadfq": found["adadfq"],

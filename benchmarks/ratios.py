@@ -207,8 +207,9 @@ def compare(first: dict[str, Any], second: dict[str, Any], force: bool = False) 
                     "compared; --force compares them all the same"
                 )
             notes.append(f"{key}: {here[key]} and {there[key]}")
-    if here["threads"] != there["threads"]:
-        notes.append(f"threads: {here['threads']} and {there['threads']}")
+    for key in ("threads", "transparent_hugepage", "thp_mem_alloc"):
+        if here[key] != there[key]:
+            notes.append(f"{key}: {here[key]} and {there[key]}")
     for name in here["versions"] | there["versions"]:
         if here["versions"].get(name) != there["versions"].get(name):
             notes.append(f"{name}: {here['versions'].get(name)} and {there['versions'].get(name)}")

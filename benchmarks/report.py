@@ -80,7 +80,10 @@ def readme_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
 
 def _file_block(path: Path, content: dict[str, Any]) -> str:
     rows = content["rows"]
-    title = f"**{machine(content['environment'])}** (`benchmarks/results/{path.name}`)"
+    environment = content["environment"]
+    title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
+    if content["kind"] == "ops" and environment["device"] == "cpu":
+        title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"
     parts = [title]
     if content["kind"] == "step":
         parts.append(_step_table(rows))

@@ -15,7 +15,7 @@ from adadfq import files
 from adadfq.errors import InvalidInputError
 
 FORMAT = "adadfq-benchmarks"
-VERSION = 1
+VERSION = 2
 
 _ENVIRONMENT: dict[str, tuple[type, ...]] = {
     "device": (str,),
@@ -23,6 +23,8 @@ _ENVIRONMENT: dict[str, tuple[type, ...]] = {
     "cpu": (str,),
     "cpus": (int, NoneType),
     "threads": (int,),
+    "transparent_hugepage": (str, NoneType),
+    "thp_mem_alloc": (bool,),
     "system": (str,),
     "versions": (dict,),
     "git_commit": (str, NoneType),

@@ -22,7 +22,21 @@ from torch import Tensor, nn
 import adadfq
 from adadfq.errors import InvalidInputError
 from adadfq.ops.schema import OPERATORS
-from benchmarks import cases, memory, networks, ops, plot, problems, providers, ratios, readme, step, store, timing
+from benchmarks import (
+    cases,
+    huge_pages,
+    memory,
+    networks,
+    ops,
+    plot,
+    problems,
+    providers,
+    ratios,
+    readme,
+    step,
+    store,
+    timing,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, registry, select
 from benchmarks.check import Oracle
@@ -429,12 +443,14 @@ def test_compare(measured: Path, tmp_path: Path) -> None:
     assert result.notes == []
 
     second["environment"]["threads"] = 9
+    second["environment"] |= {"transparent_hugepage": "other", "thp_mem_alloc": True}
     second["environment"]["versions"]["torch"] = "0.1"
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     store.write(a, first)
     store.write(b, second)
     output = run("compare", str(a), str(b))
     assert output.exit_code == 0 and "2.00 (1.00-3.00)" in output.output
+    assert "thp_mem_alloc: False and True" in output.output and "transparent_hugepage: " in output.output
     assert "threads: 1 and 9" in output.output and f"torch: {torch.__version__} and 0.1" in output.output
     assert "only in a.json: gone/forward  x" in output.output and "only in b.json: new/forward  x" in output.output
 
@@ -476,6 +492,31 @@ def test_plots(measured: Path, tmp_path: Path) -> None:
         plot.plot(content, "empty", tmp_path)
 
 
+# ------------------------------------------------------------------------------------------------------ huge pages
+
+
+def test_the_mode_of_huge_pages(tmp_path: Path, environment: dict[str, Any]) -> None:
+    file = tmp_path / "enabled"
+    file.write_text("always [madvise] never\n")
+    assert huge_pages.mode(file) == "madvise" and huge_pages.mode(tmp_path / "absent") is None
+    assert environment["transparent_hugepage"] == huge_pages.mode() and environment["thp_mem_alloc"] is False
+
+
+def test_huge_pages_for_every_provider(tmp_path: Path) -> None:
+    path = tmp_path / "huge.json"
+    command = [sys.executable, "-m", "benchmarks", "ops", "--huge-pages", "--ops", "margin_loss", "--filter", "tiny"]
+    command += ["--providers", "adadfq*", "--threads", "1", "--seconds", "0", "--json", str(path)]
+    environ = {name: value for name, value in os.environ.items() if name != huge_pages.VARIABLE}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT)
+    if huge_pages.mode() not in ("always", "madvise"):
+        assert done.returncode == 2 and "got no huge page" in done.stderr
+        return
+    # The command itself looks whether a new tensor is on huge pages; memory in pieces has none to give.
+    assert done.returncode == 0 or "free memory in one piece" in done.stderr, done.stderr
+    if done.returncode == 0:
+        assert store.read(path)["environment"]["thp_mem_alloc"] is True
+
+
 # ---------------------------------------------------------------------------------------------------------- README
 
 
@@ -494,6 +535,7 @@ def test_readme_is_made_from_the_stored_files(measured: Path, tmp_path: Path) ->
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert machine(store.read(measured)["environment"]) in text and "`margin_loss` forward + backward" in text
     assert "](benchmarks/results/ops-speedup.png)" in text
+    assert "`benchmarks/results/ops.json`): stock allocator" in text
     assert readme.stale(page, results) == []
     (results / "ops-roofline.png").unlink()
     assert readme.stale(page, results) == ["ops-roofline.png is missing"]
