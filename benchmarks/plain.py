@@ -2,7 +2,7 @@
 
 ``torch.compile`` compiles these too. Each is as fast as it can be without leaving that style, for a soft rival would
 make the comparison worthless; 16-bit tensors are computed in float32, as the operators do, for otherwise the results
-would differ. State is updated in place.
+would differ. Everything that autograd lets be in place is, state too; ``torch.compile`` makes the same loops of it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ def _view(values: Tensor, ndim: int, axis: int | None) -> Tensor:
     return values.reshape([-1 if d == axis else 1 for d in range(ndim)])
 
 
-def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    return (torch.clamp(torch.round(x / scale) + zero_point, 0, 2**bits - 1) - zero_point) * scale
-
-
-def _straight_through(x: Tensor, x_hat: Tensor) -> Tensor:
+def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, into: Tensor | None = None) -> Tensor:
+    """The quantised value of `x`, in a new tensor or in `into`; the gradient passes unchanged."""
+    x_hat = torch.div(x.detach(), scale, out=into)
+    x_hat.round_().add_(zero_point).clamp_(0, 2**bits - 1).sub_(zero_point).mul_(scale)
     # Forward passes that need no gradient do not pay for the trick.
-    return x + (x_hat - x).detach() if x.requires_grad else x_hat
+    return x_hat.sub_(x.detach()).add_(x) if x.requires_grad else x_hat
+
+
+def _temporary(value: Tensor, x: Tensor) -> Tensor | None:
+    """`value` where it can be written over: a copy of the argument `x` that autograd does not look at."""
+    return None if value is x or value.requires_grad else value
 
 
 def fake_quantize(
@@ -41,15 +45,15 @@ def fake_quantize(
     value, scale, zero_point = _compute(x), _view(scale, x.dim(), axis), _view(zero_point, x.dim(), axis)
     if clip_grad:
         value = torch.clamp(value, (-zero_point - 0.5) * scale, (2**bits - 0.5 - zero_point) * scale)
-    return _straight_through(value, _quantized(value, scale, zero_point, bits)).to(x.dtype)
+    return _quantized(value, scale, zero_point, bits, _temporary(value, x)).to(x.dtype)
 
 
 def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
     """Fake quantisation over its input."""
     scale, zero_point = _view(scale, x.dim(), axis), _view(zero_point, x.dim(), axis)
-    if x.dtype in (torch.float32, torch.float64):
-        return x.div_(scale).round_().add_(zero_point).clamp_(0, 2**bits - 1).sub_(zero_point).mul_(scale)
-    return x.copy_(_quantized(_compute(x), scale, zero_point, bits))
+    value = _compute(x)
+    x_hat = _quantized(value, scale, zero_point, bits, into=value)
+    return x if value is x else x.copy_(x_hat)
 
 
 def _qparams(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -64,8 +68,8 @@ def dynamic_fake_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]
     value = _compute(x)
     lo, hi = value.detach().flatten(1).aminmax(dim=1)
     scale, zero_point = _qparams(lo, hi, bits)
-    x_hat = _quantized(value, _view(scale, x.dim(), 0), _view(zero_point, x.dim(), 0), bits)
-    return _straight_through(value, x_hat).to(x.dtype), scale, zero_point.int()
+    views = _view(scale, x.dim(), 0), _view(zero_point, x.dim(), 0)
+    return _quantized(value, *views, bits, _temporary(value, x)).to(x.dtype), scale, zero_point.int()
 
 
 def foreach_dynamic_fake_quantize(tensors: Sequence[Tensor], bits: int) -> tuple[Tensor, ...]:
@@ -95,8 +99,7 @@ def observe_fake_quantize(
         new_scale, new_zero_point = _qparams(running_min, running_max, bits)
         scale.copy_(new_scale)
         zero_point.copy_(new_zero_point)
-        x_hat = _quantized(value, new_scale, new_zero_point, bits)
-    return _straight_through(value, x_hat).to(x.dtype)
+    return _quantized(value, new_scale, new_zero_point, bits, _temporary(value, x)).to(x.dtype)
 
 
 def affine_act_fake_quantize(
@@ -114,10 +117,10 @@ def affine_act_fake_quantize(
     """BatchNorm in inference (the fused operator, fastest of PyTorch's ways), residual, activation, quantiser."""
     u = F.batch_norm(_compute(x), mean, var, scale, shift, training=False, eps=0)
     if residual is not None:
-        u = u + _compute(residual)
-    u = {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6}[act](u)
+        u = u.add_(residual)
+    u = {"none": lambda t: t, "relu": torch.relu_, "relu6": lambda t: F.hardtanh_(t, 0.0, 6.0)}[act](u)
     if act_scale is not None and act_zero_point is not None:
-        u = _straight_through(u, _quantized(u, act_scale.reshape(()), act_zero_point.reshape(()), bits))
+        u = _quantized(u, act_scale.reshape(()), act_zero_point.reshape(()), bits, None if u.requires_grad else u)
     return u.to(x.dtype)
 
 
@@ -131,9 +134,9 @@ def bn_match_forward(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm in inference, and :func:`bn_match` of its input."""
-    value = _compute(x)
-    y = F.batch_norm(value, running_mean, running_var, weight, bias, training=False, eps=eps)
-    return y.to(x.dtype), bn_match(value, running_mean, running_var)
+    # On 16 bits it computes in float32 too, without a copy of the tensor in that.
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training=False, eps=eps)
+    return y, bn_match(x, running_mean, running_var)
 
 
 def margin_loss(
