@@ -93,6 +93,8 @@ class Case:
     def bytes_moved(self) -> int:
         """Bytes that any implementation must read and write at least, through memory that holds none of them before.
 
+        Where the backward needs nothing that the forward has not read already, one pass over it does for both.
+
         Per-channel vectors are not counted. Straight-through backwards move nothing.
         """
         size = self.nbytes
@@ -101,7 +103,7 @@ class Case:
         affine_backward = 3 + 2 * residual
         if self.variant.startswith("none"):
             affine_backward = 3 if self.variant.endswith("trained") else 2
-        forward, backward = {
+        forward, backward, *both = {
             # x -> x_hat; grad, x -> dx, or nothing
             "fake_quantize": (2, 3 if self.variant.endswith("clip") else 0),
             "fake_quantize_": (2, 0),
@@ -116,11 +118,11 @@ class Case:
             "bn_match": (1, 2),
             # x -> y; grad, x -> dx
             "bn_match_forward": (2, 3),
-            # both logits -> both gradients, which the backward multiplies by a number
-            "margin_loss": (4, 4),
-            "entropy_distillation": (3, 2),
+            # both logits -> scalars; both logits -> the gradients of both, or of the student's
+            "margin_loss": (2, 4, 4),
+            "entropy_distillation": (2, 3, 3),
         }[self.op]
-        return size * {"forward": forward, "backward": backward, "both": forward + backward}[self.pass_]
+        return size * {"forward": forward, "backward": backward, "both": sum(both) or forward + backward}[self.pass_]
 
 
 def _by_shape(
@@ -195,9 +197,12 @@ def _logit_cases() -> Iterator[Case]:
     for op in ("margin_loss", "entropy_distillation"):
         for batch, classes in LOGITS:
             for dtype in DTYPES:
+                where = f"logits/b{batch}k{classes}"
                 for pass_ in OPERATORS[op]:
-                    where = f"logits/b{batch}k{classes}"
                     yield Case(op, "-", where, ((batch, classes),), dtype, "contiguous", pass_)
+                # With another gradient than the 1 of loss.backward(), for which multiplying can be left out.
+                for pass_ in ("backward", "both"):
+                    yield Case(op, "scaled", where, ((batch, classes),), dtype, "contiguous", pass_)
 
 
 def _tiny_cases() -> Iterator[Case]:
@@ -282,7 +287,8 @@ _JUDGED = (
         )
     ),
     *(
-        f"margin_loss/-/logits/{size}/float32/contiguous/both"
+        f"margin_loss/{variant}/logits/{size}/float32/contiguous/both"
+        for variant in ("-", "scaled")
         for size in ("b16k10", "b16k1000", "b64k100", "b256k10", "b256k1000")
     ),
     "*/tiny/*",

@@ -38,8 +38,14 @@ def run_once(problem: Problem, function: Function, pass_: str, dtype: torch.dtyp
     outputs = function(*args)
     if pass_ == "forward":
         return list(outputs)
-    grads = [grad if dtype is None else grad.to(dtype) for grad in problem.grads]
-    gradients = torch.autograd.grad(outputs[: len(grads)], [args[i] for i in problem.wanted], grads)
+    gradients: list[Tensor] = []
+    for i, chosen in enumerate((problem.grads, *problem.checked_grads)):
+        if i > 0:  # a graph serves once: compiled ones give their buffers away
+            args = fresh_arguments(problem, True, dtype)
+            outputs = function(*args)
+        grads = [grad if dtype is None else grad.to(dtype) for grad in chosen]
+        wanted = [args[position] for position in problem.wanted]
+        gradients += torch.autograd.grad(outputs[: len(grads)], wanted, grads)
     return [*([] if pass_ == "backward" else [t.detach() for t in outputs]), *gradients]
 
 
@@ -68,7 +74,7 @@ class Oracle:
                 self.want = run_once(problem, problem.ours, pass_, problem.oracle_dtype)
                 outputs = self.want if pass_ != "backward" else []
         steps: Sequence[Tensor | None] = problem.steps(tuple(outputs)) if outputs else []
-        gradients = 0 if pass_ == "forward" else len(problem.wanted)
+        gradients = 0 if pass_ == "forward" else len(problem.wanted) * (1 + len(problem.checked_grads))
         plain_outputs = len(self.want) - gradients
         self.jumps: list[Tensor | None] = [*steps, *[None] * (plain_outputs - len(steps))]
         for gradient in self.want[plain_outputs:]:

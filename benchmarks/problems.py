@@ -18,6 +18,8 @@ from benchmarks.cases import Case
 BITS = 4
 MOMENTUM = 0.9
 EPS = 1e-5
+#: A gradient that is not 1: who leaves it out is found.
+SCALED = 0.7
 LOSS_SETTINGS = (0.1, 0.8, 0.2, 0.1, 1.0)
 TEMPERATURE = 20.0
 
@@ -44,6 +46,8 @@ class Problem:
     """Positions of the arguments that get a gradient."""
     grads: list[Tensor] = field(default_factory=list)
     """Gradients of the first outputs, for backward passes."""
+    checked_grads: list[list[Tensor]] = field(default_factory=list)
+    """Other gradients of the first outputs that the check takes too; only `grads` are timed."""
     mutated: list[int] = field(default_factory=list)
     """Positions of the arguments the functions write to."""
     oracle_dtype: torch.dtype | None = torch.float64
@@ -245,7 +249,7 @@ def _bn_match(case: Case, inputs: _Inputs) -> Problem:
         ours=lambda x, mean, var: (functional.bn_match(x, mean, var),),
         plain=lambda x, mean, var: (plain.bn_match(x, mean, var),),
         wanted=[0],
-        grads=[torch.tensor(0.7, device=inputs.device, dtype=compute_dtype(case.torch_dtype))],
+        grads=[torch.tensor(SCALED, device=inputs.device, dtype=compute_dtype(case.torch_dtype))],
     )
 
 
@@ -271,6 +275,13 @@ def _logits(case: Case, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs.normal(shape, 2), inputs.normal(shape, 2), inputs.integers(shape[0], shape[1], torch.int64)
 
 
+def _loss_grads(case: Case, inputs: _Inputs) -> dict[str, Any]:
+    """The loss's gradient is 1, as in ``loss.backward()``, and is checked with another too; or that one is timed."""
+    dtype = compute_dtype(case.torch_dtype)
+    one, scaled = (torch.tensor(value, device=inputs.device, dtype=dtype) for value in (1.0, SCALED))
+    return {"grads": [scaled]} if case.variant == "scaled" else {"grads": [one], "checked_grads": [[scaled]]}
+
+
 def _margin_loss(case: Case, inputs: _Inputs) -> Problem:
     teacher, student, labels = _logits(case, inputs)
     return Problem(
@@ -278,7 +289,7 @@ def _margin_loss(case: Case, inputs: _Inputs) -> Problem:
         ours=lambda t, q, y: tuple(functional.margin_loss(t, q, y, *LOSS_SETTINGS)),
         plain=lambda t, q, y: plain.margin_loss(t, q, y, *LOSS_SETTINGS),
         wanted=[0, 1],
-        grads=[torch.tensor(1.0, device=inputs.device, dtype=compute_dtype(case.torch_dtype))],
+        **_loss_grads(case, inputs),
     )
 
 
@@ -289,7 +300,7 @@ def _entropy_distillation(case: Case, inputs: _Inputs) -> Problem:
         ours=lambda t, q: (functional.entropy_distillation(t, q, TEMPERATURE),),
         plain=lambda t, q: (plain.entropy_distillation(t, q, TEMPERATURE),),
         wanted=[1],
-        grads=[torch.tensor(1.0, device=inputs.device, dtype=compute_dtype(case.torch_dtype))],
+        **_loss_grads(case, inputs),
     )
 
 

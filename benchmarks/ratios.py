@@ -128,7 +128,18 @@ CRITERIA = (
     Criterion("affine: torch.compile", _op("affine_act_fake_quantize", "forward", "backward"), COMPILE, 1.0),
     Criterion("bn_match_forward: eager", _op("bn_match_forward", "both"), EAGER, 3),
     Criterion("bn_match_forward: torch.compile", _op("bn_match_forward", "both"), COMPILE, 1.3),
-    Criterion("margin_loss: eager", _op("margin_loss", "both"), EAGER, 8),
+    Criterion(
+        "margin_loss, gradient 1: eager",
+        lambda r: _op("margin_loss", "both")(r) and r["variant"] != "scaled",
+        EAGER,
+        8,
+    ),
+    Criterion(
+        "margin_loss, another gradient: eager",
+        lambda r: _op("margin_loss", "both")(r) and r["variant"] == "scaled",
+        EAGER,
+        8,
+    ),
 )
 
 

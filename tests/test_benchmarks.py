@@ -169,6 +169,12 @@ def test_the_judged_suite_holds_what_is_judged() -> None:
         ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/forward", 2 * 4 * 65536),
         ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/backward", 3 * 4 * 65536),
         ("foreach_dynamic_fake_quantize/axis0/resnet20@32.weights/float32/contiguous/forward", 2 * 4 * 268336),
+        ("margin_loss/-/logits/b16k10/float32/contiguous/forward", 2 * 4 * 160),
+        ("margin_loss/-/logits/b16k10/float32/contiguous/backward", 4 * 4 * 160),
+        ("margin_loss/scaled/logits/b16k10/float32/contiguous/both", 4 * 4 * 160),
+        ("entropy_distillation/-/logits/b16k10/float32/contiguous/forward", 2 * 4 * 160),
+        ("entropy_distillation/scaled/logits/b16k10/float32/contiguous/backward", 3 * 4 * 160),
+        ("entropy_distillation/-/logits/b16k10/float32/contiguous/both", 3 * 4 * 160),
     ],
 )
 def test_bytes_moved(name: str, expected: int) -> None:
@@ -176,7 +182,8 @@ def test_bytes_moved(name: str, expected: int) -> None:
     assert case.bytes_moved == expected
     problem = problems.make(case, CPU)
     for copy in providers.build(case, problem, [COPY, CLONE]):
-        assert 2 * copy.call().nbytes == expected
+        # A copy reads as much as it writes: of an odd number of elements, one less.
+        assert 2 * copy.call().nbytes == expected // (2 * case.torch_dtype.itemsize) * (2 * case.torch_dtype.itemsize)
 
 
 def test_selection_says_what_is_wrong() -> None:
@@ -209,8 +216,11 @@ def test_every_provider_is_right(case: Case) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_provider_is_right() -> None:
-    case = case_named("fake_quantize/per_tensor/tiny/float32/contiguous/both")
+@pytest.mark.parametrize(
+    "name", ["fake_quantize/per_tensor/tiny/float32/contiguous/both", "margin_loss/-/tiny/float32/contiguous/both"]
+)
+def test_a_compiled_provider_is_right(name: str) -> None:
+    case = case_named(name)
     problem = problems.make(case, CPU)
     (provider,) = providers.build(case, problem, [COMPILE])
     assert ops.verdict(provider, Oracle(problem, case.pass_)) == ("ok", None)
@@ -268,6 +278,32 @@ def test_a_wrong_gradient_gets_no_time(pass_: str) -> None:
 
     provider = providers.from_function("no gradient of the loss", case, problem, loss_detached)
     assert ops.verdict(provider, Oracle(problem, pass_))[0] == "wrong"
+
+
+@pytest.mark.parametrize("op", ["margin_loss", "entropy_distillation"])
+@pytest.mark.parametrize("variant", ["-", "scaled"])
+def test_a_loss_that_ignores_its_gradient_gets_no_time(op: str, variant: str) -> None:
+    case = case_named(f"{op}/{variant}/logits/b16k10/float32/contiguous/both")
+    problem = problems.make(case, CPU)
+    assert problem.grads[0].item() == pytest.approx(1 if variant == "-" else problems.SCALED)
+
+    class Unit(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: Tensor) -> Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return torch.ones_like(grad)
+
+    def ignoring(*args: Tensor) -> tuple[Tensor, ...]:
+        loss, *others = problem.plain(*args)
+        return Unit.apply(loss), *others
+
+    oracle = Oracle(problem, case.pass_)
+    right = providers.from_function("right", case, problem, problem.plain)
+    assert ops.verdict(right, oracle) == ("ok", None)
+    assert ops.verdict(providers.from_function("wrong", case, problem, ignoring), oracle)[0] == "wrong"
 
 
 def test_a_backend_of_ours_that_raises_is_wrong() -> None:
