@@ -13,7 +13,8 @@ from torch import Tensor
 from adadfq import functional
 from adadfq.ops.schema import compute_dtype
 from benchmarks import plain
-from benchmarks.cases import Case
+from benchmarks.cases import TINY, Case
+from benchmarks.ties import near_kink, near_tie
 
 BITS = 4
 MOMENTUM = 0.9
@@ -53,10 +54,13 @@ class Problem:
     oracle_dtype: torch.dtype | None = torch.float64
     """What the oracle computes in. None is the operator's own: where ranges come from 16-bit data, -lo / scale often is
     exactly between two zero points, and float64 finds the other one."""
-    steps: Callable[[Outputs], list[Tensor]] = field(default=lambda outputs: [])
-    """Quantisation steps of the first outputs, broadcast against them, from all outputs of the oracle."""
-    kink: bool = False
-    """Gradients jump where the activation, or the clip, does."""
+    output_slack: Callable[[Outputs], list[Tensor | None]] = field(default=lambda outputs: [])
+    """How far the first outputs may be from the oracle's beside rounding, from all of these: a step where x / scale is
+    next to a tie (:mod:`benchmarks.ties`), else 0."""
+    gradient_slack: Callable[[], list[Tensor | None]] = field(default=lambda: [])
+    """The same of the first gradients: what they jump by where the activation, or the clip, does."""
+    straight_through: bool = False
+    """Gradients are those of the outputs, to the last bit."""
 
 
 def make(case: Case, device: torch.device) -> Problem:
@@ -112,32 +116,45 @@ def _native_fake_quantize(axis: int | None) -> Function:
 def _fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     (shape,), axis, clip = case.shapes, _axis(case), case.variant.endswith("_clip")
     scale, zero_point, step = _quantizer(case, inputs)
-    x = inputs.normal(shape)
+    # Next to no data is within the range: the gradient of torch's operator, which is clipped, is then the same.
+    x = inputs.normal(shape, 0.3 if case.where == TINY else 1.0)
+    grad = inputs.normal(shape)
     return Problem(
         args=[x, scale, zero_point],
         ours=lambda x, s, z: (functional.fake_quantize(x, s, z, BITS, axis, clip),),
         plain=lambda x, s, z: (plain.fake_quantize(x, s, z, BITS, axis, clip),),
         # Its gradient is clipped; that of a straight-through case it does not compute.
-        native=_native_fake_quantize(axis) if clip or case.pass_ == "forward" or case.where == "tiny" else None,
+        native=_native_fake_quantize(axis) if clip or case.pass_ == "forward" or case.where == TINY else None,
         wanted=[0],
-        grads=[inputs.normal(shape)],
-        steps=lambda outputs: [step],
-        kink=True,
+        grads=[grad],
+        output_slack=lambda outputs: [_step_slack(x, step)],
+        gradient_slack=lambda: [near_tie(x.double() / step.double()) * grad.abs()] if clip else [],
+        straight_through=not clip,
     )
 
 
 def _fake_quantize_inplace(case: Case, inputs: _Inputs) -> Problem:
     (shape,), axis = case.shapes, _axis(case)
     scale, zero_point, step = _quantizer(case, inputs)
+    x = inputs.normal(shape)
     return Problem(
-        args=[inputs.normal(shape), scale, zero_point],
+        args=[x, scale, zero_point],
         ours=lambda x, s, z: (functional.fake_quantize(x, s, z, BITS, axis, inplace=True),),
         plain=lambda x, s, z: (plain.fake_quantize_(x, s, z, BITS, axis),),
         # PyTorch has none in place: a new tensor is what its user gets, and less work than copying it back.
         native=_native_fake_quantize(axis),
         mutated=[0],
-        steps=lambda outputs: [step],
+        output_slack=lambda outputs: [_step_slack(x, step)],
     )
+
+
+def _step_slack(x: Tensor, step: Tensor) -> Tensor:
+    return near_tie(x.double() / step.double()) * step
+
+
+def _zero_point_slack(x: Tensor, scale: Tensor) -> Tensor:
+    lo = x.double().flatten(1).amin(1).clamp(max=0)
+    return near_tie(-lo / scale.double())
 
 
 def _rows(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -146,14 +163,20 @@ def _rows(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _dynamic_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     (shape,) = case.shapes
+    x = inputs.normal(shape, 0.05)
     return Problem(
-        args=[inputs.normal(shape, 0.05)],
+        args=[x],
         ours=lambda x: functional.dynamic_fake_quantize(x, BITS, 0),
         plain=lambda x: plain.dynamic_fake_quantize(x, BITS),
         wanted=[0],
         grads=[inputs.normal(shape)],
         oracle_dtype=None,
-        steps=lambda outputs: [_rows(outputs[1], shape)],
+        output_slack=lambda outputs: [
+            _step_slack(x, _rows(outputs[1], shape)),
+            None,
+            _zero_point_slack(x, outputs[1]),
+        ],
+        straight_through=True,
     )
 
 
@@ -162,16 +185,23 @@ def _foreach_dynamic_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
         x_hats, scales, zero_points = functional.foreach_dynamic_fake_quantize(tensors, BITS, 0)
         return *x_hats, *scales, *zero_points
 
+    tensors = [inputs.normal(shape, 0.05) for shape in case.shapes]
+
+    def output_slack(outputs: Outputs) -> list[Tensor | None]:
+        scales = outputs[len(tensors) : 2 * len(tensors)]
+        pairs = list(zip(tensors, scales, strict=True))
+        x_hats = [_step_slack(x, _rows(scale, tuple(x.shape))) for x, scale in pairs]
+        return [*x_hats, *[None] * len(scales), *(_zero_point_slack(x, scale) for x, scale in pairs)]
+
     return Problem(
-        args=[inputs.normal(shape, 0.05) for shape in case.shapes],
+        args=list(tensors),
         ours=ours,
         plain=lambda *tensors: plain.foreach_dynamic_fake_quantize(tensors, BITS),
         wanted=list(range(len(case.shapes))),
         grads=[inputs.normal(shape) for shape in case.shapes],
         oracle_dtype=None,
-        steps=lambda outputs: [
-            _rows(scale, shape) for scale, shape in zip(outputs[len(case.shapes) :], case.shapes, strict=False)
-        ],
+        output_slack=output_slack,
+        straight_through=True,
     )
 
 
@@ -191,8 +221,9 @@ def _observe_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     def plainly(x: Tensor, *state: Tensor) -> Outputs:
         return plain.observe_fake_quantize(x, *state, BITS, MOMENTUM), *state
 
+    x = inputs.normal(shape)
     return Problem(
-        args=[inputs.normal(shape), *state],
+        args=[x, *state],
         ours=ours,
         plain=plainly,
         # PyTorch's own (fused_moving_avg_obs_fake_quant) averages without debiasing: another function.
@@ -200,7 +231,8 @@ def _observe_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
         grads=[inputs.normal(shape)],
         mutated=[1, 2, 3, 4, 5],
         oracle_dtype=None,
-        steps=lambda outputs: [outputs[4]],
+        output_slack=lambda outputs: [_step_slack(x, outputs[4])],
+        straight_through=True,
     )
 
 
@@ -230,14 +262,32 @@ def _affine_act_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
             plain.affine_act_fake_quantize(x, scale, shift, added, act, act_scale, act_zero_point, BITS, mean, var),
         )
 
+    grad = inputs.normal(shape)
+    per_channel = [1, -1, *[1] * (len(shape) - 2)]
+
+    def before_act() -> Tensor:
+        u = args[0].double() * args[1].double().view(per_channel) + args[2].double().view(per_channel)
+        return u.add_(args[3]) if residual else u
+
+    def output_slack(_: Outputs) -> list[Tensor | None]:
+        u = before_act()
+        return [_step_slack(u.clamp(0, 6) if act == "relu6" else u.relu(), quantizer[0])]
+
+    def gradient_slack() -> list[Tensor | None]:
+        jump = near_kink(before_act(), act) * grad.double().abs()
+        found: list[Tensor | None] = [jump * args[1].view(per_channel).abs()]
+        if case.variant.endswith("trained"):
+            others = [d for d in range(len(shape)) if d != 1]
+            found += [(jump * args[0].abs()).sum(others), jump.sum(others)]
+        return [*found, jump]
+
     return Problem(
         args=args,
         ours=ours,
         plain=plainly,
         wanted=[0, *([1, 2] if case.variant.endswith("trained") else []), *([3] if residual else [])],
-        grads=[inputs.normal(shape)],
-        steps=lambda outputs: [quantizer[0]] if act != "none" else [],
-        kink=act != "none",
+        grads=[grad],
+        **({"output_slack": output_slack, "gradient_slack": gradient_slack} if act != "none" else {}),
     )
 
 

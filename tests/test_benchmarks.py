@@ -228,7 +228,10 @@ def test_a_compiled_provider_is_right(name: str) -> None:
 
 def off_by_a_step(x: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, ...]:
     x_hat = torch.fake_quantize_per_channel_affine(x, scale, zero_point, 1, 0, 15)
-    return (x_hat + scale.view(1, -1, 1, 1) * (torch.rand(x.shape, generator=torch.Generator()) < 0.01),)
+    # One element that is nowhere near a tie.
+    step = scale.view(1, -1, 1, 1)
+    distance = (x / step % 1 - 0.5).abs()
+    return (x_hat + step * (distance == distance.amax()),)
 
 
 def one_nan(x: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, ...]:
@@ -242,9 +245,9 @@ def raising(*_: Tensor) -> tuple[Tensor, ...]:
 
 
 WRONG: dict[str, tuple[Callable[..., Any], str, str]] = {
-    "identity": (lambda x, s, z: (x.clone(),), "wrong", "more than one step"),
-    "twice": (lambda x, s, z: (2 * torch.fake_quantize_per_channel_affine(x, s, z, 1, 0, 15),), "wrong", "more than"),
-    "steps": (off_by_a_step, "wrong", "too many to be rounding ties"),
+    "identity": (lambda x, s, z: (x.clone(),), "wrong", "is off in"),
+    "twice": (lambda x, s, z: (2 * torch.fake_quantize_per_channel_affine(x, s, z, 1, 0, 15),), "wrong", "is off in"),
+    "steps": (off_by_a_step, "wrong", "is off in"),
     "nan": (one_nan, "wrong", "off"),
     "shape": (lambda x, s, z: (x[:1],), "wrong", "has shape"),
     "count": (lambda x, s, z: (x, x), "wrong", "gives 2 results"),
@@ -304,6 +307,40 @@ def test_a_loss_that_ignores_its_gradient_gets_no_time(op: str, variant: str) ->
     right = providers.from_function("right", case, problem, problem.plain)
     assert ops.verdict(right, oracle) == ("ok", None)
     assert ops.verdict(providers.from_function("wrong", case, problem, ignoring), oracle)[0] == "wrong"
+
+
+def test_a_step_off_is_right_only_next_to_a_tie() -> None:
+    case = case_named(SMALL.replace("channels_last", "contiguous"))
+    problem = problems.make(case, CPU)
+    x, scale, _ = problem.args
+    x[0, 0, 0, 0] = 2.5 * scale[0]
+    oracle = Oracle(problem, "forward")
+    right = oracle.want[0].float()
+    for where, error in ((0, None), (1, "is off in 1 of 65536")):
+        got = right.clone()
+        got.view(-1)[where] += scale[0]
+        reason = oracle.error([got])
+        assert reason is None if error is None else error in str(reason)
+
+
+def test_state_must_be_exact() -> None:
+    case = case_named("observe_fake_quantize/per_tensor/tiny/float32/contiguous/both")
+    oracle = Oracle(problems.make(case, CPU), case.pass_)
+    for i, want in enumerate(oracle.want):
+        if not want.is_floating_point():
+            got = list(oracle.want)
+            got[i] = want + 1
+            assert "1 of 1 integers" in str(oracle.error(got))
+
+
+def test_straight_through_gradients_must_be_exact() -> None:
+    case = case_named(SMALL.replace("forward", "both"))
+    oracle = Oracle(problems.make(case, CPU), case.pass_)
+    x_hat, gradient = oracle.want
+    changed = gradient.float()
+    assert oracle.error([x_hat, changed]) is None
+    changed[0, 0, 0, 5] *= 1 + 1e-6
+    assert "result 1 of 2 is off in 1 of" in str(oracle.error([x_hat, changed]))
 
 
 def test_a_backend_of_ours_that_raises_is_wrong() -> None:
