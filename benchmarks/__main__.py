@@ -53,6 +53,7 @@ _timing = _options(
         "--seconds", default=5.0, show_default=True, type=click.FloatRange(0), help="Timing one case takes about this."
     ),
 )
+_dry_run = click.option("--dry-run", is_flag=True, hidden=True, help="Only look whether the other options fit.")
 _selection = _options(
     click.option("--suite", default="quick", show_default=True, metavar="quick|judged|full", help="Which cases."),
     click.option("--ops", default="", callback=_words, metavar="OP,...", help="Only these operators."),
@@ -114,6 +115,7 @@ def _select(
 @click.option("--kernels-only", is_flag=True, help="Only cases that a backend other than the reference serves.")
 @click.option("--limit", type=click.FloatRange(0), help="Begin no case after so many seconds; the file says which.")
 @click.option("--huge-pages", is_flag=True, help="Huge pages under every provider's new tensors (Linux, CPU).")
+@_dry_run
 def ops(
     suite: str,
     ops: tuple[str, ...],
@@ -127,6 +129,7 @@ def ops(
     kernels_only: bool,
     limit: float | None,
     huge_pages: bool,
+    dry_run: bool,
 ) -> None:
     """Time the operators against their rivals and a copy of the same bytes.
 
@@ -138,6 +141,9 @@ def ops(
     from benchmarks.ops import run_case
     from benchmarks.report import judged_text, rows_text
 
+    if dry_run:  # on a machine without the device, too
+        click.echo(f"{len(_select(suite, ops, filters, providers, device_name, False))} cases")
+        return
     device = pick_device(device_name, threads)
     chosen = _select(suite, ops, filters, providers, device.type, kernels_only)
     if huge_pages:
@@ -190,12 +196,14 @@ def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--weight-bits", default=4, show_default=True)
 @click.option("--act-bits", default=4, show_default=True)
+@_dry_run
 def step(
     device_name: str,
     threads: int,
     rounds: int,
     seconds: float,
     json_path: Path | None,
+    dry_run: bool,
     **setting: Any,
 ) -> None:
     """Time one training step of the game with this project's backends and with the reference."""
@@ -204,6 +212,9 @@ def step(
     from benchmarks.report import rows_text
     from benchmarks.step import Setting, run_step
 
+    if dry_run:
+        Setting(**setting).resolved()
+        return
     device = pick_device(device_name, threads)
     environment = describe(device)
     content = store.document("step", environment, {"rounds": rounds, "seconds": seconds, **setting})

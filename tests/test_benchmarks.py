@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -706,9 +708,11 @@ def test_pytest_runs_benchmarks_only_when_asked() -> None:
 # ---------------------------------------------------------------------------------------------------------- gpu.sh
 
 
-def gpu_sh(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
-    return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, cwd=ROOT)
+GPU_SH = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+
+
+def gpu_sh(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*GPU_SH, *arguments], env=os.environ | environ, capture_output=True, text=True, cwd=cwd)
 
 
 STAGES = ("build", "tests", "sanitizer", "bench")
@@ -718,7 +722,7 @@ def test_gpu_sh_dry_run() -> None:
     done = gpu_sh("--dry-run", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     limits = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("stage ")]
-    assert len(limits) == len(STAGES) and sum(limits) < 600
+    assert len(limits) == len(STAGES) and sum(limits) <= 560
     for text in (
         "pip install",
         "-m gpu tests",
@@ -730,43 +734,126 @@ def test_gpu_sh_dry_run() -> None:
 
 @pytest.fixture
 def machinery(tmp_path: Path) -> Path:
-    """Stand-ins for Python and compute-sanitizer that log their arguments, and fail where a file "fail" says so."""
+    """Stand-ins for Python and compute-sanitizer that log their arguments; git that knows a commit.
+
+    The first two exit with what the file "status" says where they are asked what a line of the file "fail" matches.
+    """
+    scripts = {
+        "git": f'case "$*" in *rev-parse*) echo c0ffee ;; *status*) cat "{tmp_path}/dirty" 2>/dev/null || true ;; esac',
+    }
     for name in ("python", "compute-sanitizer"):
-        script = tmp_path / "bin" / name
-        script.parent.mkdir(exist_ok=True)
-        script.write_text(
-            f'#!/bin/sh\necho "{name} $*" >>"{tmp_path}/log"\n'
-            f'if [ -f "{tmp_path}/fail" ] && echo "$*" | grep -q -f "{tmp_path}/fail"; then exit 5; fi\n'
+        scripts[name] = (
+            f'echo "{name} $*" >>"{tmp_path}/log"\n'
+            f'if echo "$*" | grep -q -s -f "{tmp_path}/fail"; then exit $(cat "{tmp_path}/status"); fi'
         )
-        script.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name, script in scripts.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
     return tmp_path
 
 
-def test_gpu_sh_goes_on_where_it_stopped(machinery: Path) -> None:
-    results, log, fail = machinery / "results", machinery / "log", machinery / "fail"
-    environ = {"PATH": f"{machinery / 'bin'}:{os.environ['PATH']}", "PYTHON": "python"}
-    fail.write_text("pytest -q -m gpu tests\n")
-    first = gpu_sh(str(results), **environ)
-    assert first.returncode == 1 and "stage tests failed (5)" in first.stderr
-    assert [(results / f".stage-{stage}").exists() for stage in STAGES] == [True, False, False, False]
+@pytest.fixture
+def standing_in(machinery: Path) -> dict[str, str]:
+    return {"PATH": f"{machinery / 'bin'}:{os.environ['PATH']}", "PYTHON": "python"}
 
-    fail.unlink()
+
+def fail(machinery: Path, pattern: str, status: int) -> None:
+    (machinery / "fail").write_text(pattern + "\n")
+    (machinery / "status").write_text(str(status))
+
+
+def stamped(results: Path) -> list[str]:
+    return [stage for stage in STAGES if (results / f".stage-{stage}").exists()]
+
+
+def test_gpu_sh_goes_on_where_it_stopped(machinery: Path, standing_in: dict[str, str]) -> None:
+    results, log = machinery / "results", machinery / "log"
+    fail(machinery, "pytest -q -m gpu tests", 5)
+    first = gpu_sh(str(results), **standing_in)
+    assert first.returncode == 1 and "exit status 5 of: python -m pytest" in first.stderr
+    assert "stage tests failed" in first.stderr and stamped(results) == ["build"]
+
+    (machinery / "fail").unlink()
     log.unlink()
-    second = gpu_sh(str(results), **environ)
+    second = gpu_sh(str(results), **standing_in)
     assert second.returncode == 0, second.stderr
     assert "stage build: done at this commit, skipped" in second.stdout
     assert "pip install" not in log.read_text() and log.read_text().count("compute-sanitizer --tool") == 4
-    assert all((results / f".stage-{stage}").exists() for stage in STAGES)
-    assert gpu_sh(str(results), **environ).stdout.count("skipped") == 4
+    assert stamped(results) == list(STAGES)
+    assert gpu_sh(str(results), **standing_in).stdout.count("skipped") == 4
 
     # Stamps of another commit do not count; --only, --from and --fresh run what they say.
     (results / ".stage-bench").write_text("another\n")
-    done = gpu_sh(str(results), **environ)
+    done = gpu_sh(str(results), **standing_in)
     assert done.stdout.count("skipped") == 3 and "stage bench: at most" in done.stdout
-    assert gpu_sh("--only", "tests", str(results), **environ).stdout.count("not asked for") == 3
-    done = gpu_sh("--from", "sanitizer", str(results), **environ)
+    assert gpu_sh("--only", "tests", str(results), **standing_in).stdout.count("not asked for") == 3
+    done = gpu_sh("--from", "sanitizer", str(results), **standing_in)
     assert done.stdout.count("not asked for") == 2 and done.stdout.count("at most") == 2
-    assert gpu_sh("--fresh", str(results), **environ).stdout.count("at most") == 4
+    assert gpu_sh("--fresh", str(results), **standing_in).stdout.count("at most") == 4
+
+    # A stage that fails now has not been done, whatever it did before.
+    fail(machinery, "pytest -q -m gpu tests", 5)
+    assert gpu_sh("--only", "tests", str(results), **standing_in).returncode == 1
+    assert stamped(results) == ["build", "sanitizer", "bench"]
+
+
+@pytest.mark.parametrize("status", [3, 77, 78])
+@pytest.mark.parametrize("pattern", ["pip install", "pytest -q -m gpu tests", "--tool initcheck", "benchmarks step"])
+def test_gpu_sh_fails_whatever_the_status(
+    machinery: Path, standing_in: dict[str, str], pattern: str, status: int
+) -> None:
+    fail(machinery, pattern, status)
+    done = gpu_sh(str(machinery / "results"), **standing_in)
+    assert done.returncode == 1 and f"exit status {status} of:" in done.stderr and "failed" in done.stderr
+
+
+def test_gpu_sh_says_what_it_left_out(machinery: Path, standing_in: dict[str, str]) -> None:
+    results = machinery / "results"
+    (machinery / "bin" / "compute-sanitizer").unlink()
+    fail(machinery, "left_out", 1)  # the look into the file of results
+    done = gpu_sh(str(results), **standing_in)
+    if shutil.which("compute-sanitizer") is None:
+        assert "note: stage sanitizer was left out" in done.stdout and stamped(results) == ["build", "tests"]
+    assert done.returncode == 0 and "note: stage bench is not complete" in done.stdout
+
+
+def test_gpu_sh_leaves_no_stamps_where_files_are_changed(machinery: Path, standing_in: dict[str, str]) -> None:
+    (machinery / "dirty").write_text(" M setup.py\n")
+    done = gpu_sh(str(machinery / "results"), **standing_in)
+    assert done.returncode == 0 and "not a clean checkout" in done.stdout
+    assert stamped(machinery / "results") == []
+
+
+def test_gpu_sh_takes_paths_from_where_it_is_called(machinery: Path, standing_in: dict[str, str]) -> None:
+    done = gpu_sh("here", cwd=machinery, **(standing_in | {"PYTHON": "bin/python"}))
+    assert done.returncode == 0, done.stderr
+    assert stamped(machinery / "here") == list(STAGES)
+    command = ["bash", "gpu.sh", "--only", "build", str(machinery / "here")]
+    again = subprocess.run(command, env=os.environ | standing_in, cwd=ROOT / "benchmarks", capture_output=True)
+    assert again.returncode == 0, again.stderr
+
+
+def test_gpu_sh_takes_its_stage_along(machinery: Path, standing_in: dict[str, str]) -> None:
+    script = machinery / "bin" / "python"
+    script.write_text(f'{script.read_text()}case "$*" in *pip\\ install*) sleep 60; touch "{machinery}/late" ;; esac\n')
+    # Where the tests run in the background, interrupts are ignored, and a shell cannot undo that.
+    process = subprocess.Popen(
+        [*GPU_SH, str(machinery / "results")],
+        env=os.environ | standing_in,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while "pip install" not in ((machinery / "log").read_text() if (machinery / "log").exists() else ""):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    # Its pipes are closed when the last process of the stage has gone.
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 1 and "interrupted" in error and not (machinery / "late").exists()
 
 
 @pytest.mark.parametrize(
