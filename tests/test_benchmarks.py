@@ -689,11 +689,31 @@ def test_step(environment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
 
     def other_bits(setting: step.Setting, device: torch.device) -> providers.Provider:
         player = step._Player(dataclasses.replace(setting, act_bits=2), device)
-        return providers.Provider("two bits", player, player.first_step)
+        player.calibrate()
+        return providers.Provider("two bits", player, player.checked_step)
 
     monkeypatch.setattr(step, "PLAYERS", {"two bits": other_bits, **step.PLAYERS})
     wrong = step.run_step(setting, CPU, environment, 5, 0)[0]
-    assert wrong["status"] == "wrong" and wrong["p50_ms"] is None and "of the first step" in wrong["error"]
+    assert wrong["status"] == "wrong" and wrong["p50_ms"] is None and "checked step" in wrong["error"]
+
+
+def test_a_kernel_that_is_wrong_when_ranges_are_frozen_gets_no_time(
+    environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = adadfq.ops.cpu.fake_quantize  # calibrating steps call observe_fake_quantize
+
+    def broken(*args: Any) -> Tensor:
+        return right(*args) * 1.2
+
+    monkeypatch.setitem(adadfq.ops.cpu.KERNELS, "fake_quantize", broken)
+    ours, reference = step.run_step(step.Setting(image_size=8, batch_size=4), CPU, environment, 5, 0)
+    assert ours["status"] == "wrong" and ours["p50_ms"] is None and reference["status"] == "ok"
+
+
+def test_a_forced_backend_does_not_serve_our_step(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADADFQ_BACKEND", "reference")
+    ours, reference = step.run_step(step.Setting(image_size=8, batch_size=4), CPU, environment, 5, 0)
+    assert (ours["backend"], reference["backend"]) == ("cpu", "reference")
 
 
 def test_pytest_runs_benchmarks_only_when_asked() -> None:
