@@ -135,7 +135,7 @@ def ops(
 
     Exits with 1 where a result was wrong.
     """
-    from benchmarks import store
+    from benchmarks import ratios, store
     from benchmarks.environment import describe, machine, pick_device
     from benchmarks.huge_pages import for_everybody
     from benchmarks.ops import run_case
@@ -173,7 +173,7 @@ def ops(
             store.write(json_path, content)  # what was measured outlives an interrupt
     if json_path is not None:
         store.write(json_path, content)
-    if judged := judged_text(content["rows"]):
+    if judged := judged_text(ratios.judge(content["rows"], content["left_out"])):
         click.echo(f"\n{judged}")
     if content["left_out"]:
         click.echo(f"the time was up: {len(content['left_out'])} of {len(chosen)} cases were not run", err=True)
@@ -246,16 +246,21 @@ def compare(first: Path, second: Path, force: bool) -> None:
 @main.command()
 @click.argument("results", type=_file)
 def judge(results: Path) -> None:
-    """Hold a file against the table of demands (README, "Benchmarks"). Exits with 1 where one is not met."""
+    """Hold a file against the table of demands (README, "Benchmarks"). Exits with 1 where one is not met.
+
+    A demand without a case, or on a case that was left out, is not met.
+    """
     from adadfq.errors import InvalidInputError
     from benchmarks import ratios, store
     from benchmarks.report import judged_text
 
-    rows = store.read(results)["rows"]
-    if not (text := judged_text(rows if rows and "op" in rows[0] else [])):
+    content = store.read(results)
+    left_out = content["left_out"]
+    if content["kind"] != "ops" or not ratios.judge(content["rows"], left_out):
         raise InvalidInputError(f"{results} holds no case with a demand: run 'ops --suite judged'")
-    click.echo(text)
-    if not all(judgement.met for judgement in ratios.judge(rows)):
+    judged = ratios.judge(content["rows"], left_out, whole=True)
+    click.echo(judged_text(judged))
+    if not all(judgement.met for judgement in judged):
         sys.exit(EXIT_WRONG)
 
 

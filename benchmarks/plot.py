@@ -42,7 +42,8 @@ def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
 
 
 def _timed(content: dict[str, Any]) -> list[Row]:
-    rows = [row for row in content["rows"] if row["status"] == "ok"]
+    timed = {row["case"] for row in content["rows"] if row["status"] == "ok"}
+    rows = [row for row in content["rows"] if row["case"] in timed]
     # Next to no data is a point of its own, far from every other; where there is nothing else, it is the plot.
     return [row for row in rows if row.get("where") != TINY] or rows
 
@@ -104,8 +105,8 @@ def _roofline(content: dict[str, Any], axes: Sequence[Any]) -> None:
     for name, style in ((COPY, "-"), (CLONE, "--")):
         line: dict[int, list[float]] = {}
         for providers in timed.values():
-            if name in providers:
-                line.setdefault(providers[name]["bytes_moved"], []).append(providers[name]["gb_per_s"])
+            if (row := ratios.timed(providers, name)) is not None:
+                line.setdefault(row["bytes_moved"], []).append(row["gb_per_s"])
         sizes = sorted(size for size in line if size)
         if sizes:
             speeds = [sorted(line[size])[len(line[size]) // 2] for size in sizes]
@@ -128,7 +129,7 @@ def _roofline(content: dict[str, Any], axes: Sequence[Any]) -> None:
 def _step(content: dict[str, Any], axes: Sequence[Any]) -> None:
     """Images a second, a bar a player."""
     (axis,) = axes
-    rows = _timed(content)
+    rows = [row for row in _timed(content) if row["status"] == "ok"]
     labels = [f"{row['provider']}\n{row['case'].removeprefix('step/')}" for row in rows]
     axis.barh(labels, [row["images_per_s"] for row in rows], color=[f"C{i % 2}" for i in range(len(rows))])
     axis.invert_yaxis()

@@ -8,6 +8,7 @@ from typing import Any
 
 from adadfq.errors import InvalidInputError
 from adadfq.ops.dispatch import PREFERENCE
+from benchmarks.cases import registry
 from benchmarks.providers import BARE, CLONE, COMPILE, COPY, INTO, NATIVE, OURS, PLAIN, REFERENCE
 
 Row = dict[str, Any]
@@ -18,29 +19,43 @@ RIVALS = (EAGER, COMPILE, NATIVE)
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """case -> provider -> row, of rows that have a time."""
+    """case -> provider -> row, with a time or without."""
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if row["status"] == "ok":
-            found.setdefault(row["case"], {})[row["provider"]] = row
+        found.setdefault(row["case"], {})[row["provider"]] = row
     return found
 
 
+def timed(providers: dict[str, Row], name: str) -> Row | None:
+    """The row of a provider; None where it has no time."""
+    row = providers.get(name)
+    return row if row is not None and row["status"] == "ok" else None
+
+
 def ours(providers: dict[str, Row]) -> Row | None:
-    """The row of the backend that the dispatcher would choose: the first it prefers, else the reference."""
+    """The row of the backend that the dispatcher would choose: the first it prefers, else the reference.
+
+    None where that one has no time: another one's would hide it.
+    """
     device = next(iter(providers.values()))["device"]
     for backend in PREFERENCE.get(device, ()):
-        if (row := providers.get(OURS + backend)) is not None:
-            return row
-    return providers.get(REFERENCE)
+        if OURS + backend in providers:
+            return timed(providers, OURS + backend)
+    return timed(providers, REFERENCE)
 
 
 def rival(providers: dict[str, Row], name: str) -> Row | None:
     """The row of a rival; "eager" is the faster of the two eager ones."""
     if name != EAGER:
-        return providers.get(name)
-    eager = [providers[key] for key in (REFERENCE, PLAIN) if key in providers]
-    return min(eager, key=lambda row: row["p50_ms"], default=None)
+        return timed(providers, name)
+    return fastest(providers, (REFERENCE, PLAIN))
+
+
+def fastest(providers: dict[str, Row], names: Iterable[str]) -> Row | None:
+    """The fastest of these providers; None where one has no time, for it might be the fastest."""
+    rows = [timed(providers, name) for name in names]
+    found = [row for row in rows if row is not None]
+    return min(found, key=lambda row: row["p50_ms"]) if found and len(found) == len(rows) else None
 
 
 @dataclass(frozen=True)
@@ -157,16 +172,27 @@ class Judgement:
         return None if self.ratio is None else self.ratio.median >= self.criterion.at_least
 
 
-def judge(rows: Iterable[Row]) -> list[Judgement]:
-    """Every criterion on every case it applies to, by criterion."""
-    rows = list(rows)
-    timed = by_case(rows)
-    cases = {row["case"]: row for row in rows}
+def judge(rows: Iterable[Row], left_out: Iterable[str] = (), whole: bool = False) -> list[Judgement]:
+    """Every criterion on every case it applies to, by criterion.
+
+    Args:
+        left_out: names of cases that were not run: they have no time.
+        whole: every criterion is asked for: one that applies to no case is there without a time.
+    """
+    groups = by_case(rows)
+    cases = {case: next(iter(providers.values())) for case, providers in groups.items()}
+    known = {case.name: case for case in registry()}
+    for name in left_out:
+        if name in known and name not in cases:
+            case = known[name]
+            cases[name] = {"op": case.op, "variant": case.variant, "where": case.where, "pass": case.pass_}
+            cases[name] |= {"nbytes": case.nbytes}
     found = []
     for criterion in CRITERIA:
-        for case, any_row in cases.items():
-            if criterion.applies(any_row):
-                found.append(Judgement(criterion, case, _judged_ratio(criterion, timed.get(case, {}))))
+        applies = [case for case, any_row in cases.items() if criterion.applies(any_row)]
+        found += [Judgement(criterion, case, _judged_ratio(criterion, groups.get(case, {}))) for case in applies]
+        if whole and not applies:
+            found.append(Judgement(criterion, "no case", None))
     return found
 
 
@@ -174,12 +200,10 @@ def _judged_ratio(criterion: Criterion, providers: dict[str, Row]) -> Ratio | No
     if not providers or (own := ours(providers)) is None:
         return None
     if criterion.provider_suffix:
-        own = providers.get(own["provider"] + criterion.provider_suffix)
+        own = timed(providers, own["provider"] + criterion.provider_suffix)
     if criterion.rival == _BEST_OTHER:
-        others = [
-            row for name, row in providers.items() if not name.startswith(OURS) and name not in (COPY, CLONE, BARE)
-        ]
-        other = min(others, key=lambda row: row["p50_ms"], default=None)
+        others = [name for name in providers if not name.startswith(OURS) and name not in (COPY, CLONE, BARE)]
+        other = fastest(providers, dict.fromkeys((REFERENCE, PLAIN, COMPILE, *others)))
     else:
         other = rival(providers, criterion.rival)
     return None if own is None or other is None else speed_up(other, own)

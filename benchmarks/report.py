@@ -10,7 +10,7 @@ from benchmarks import ratios
 from benchmarks.cases import TINY
 from benchmarks.environment import machine
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
-from benchmarks.ratios import EAGER, RIVALS, Comparison, Row
+from benchmarks.ratios import EAGER, RIVALS, Comparison, Judgement, Row
 from benchmarks.tables import markdown_table, number, text_table
 
 
@@ -36,8 +36,8 @@ def rows_text(rows: Sequence[Row]) -> str:
     return "\n".join([rows[0]["case"], table, *notes])
 
 
-def judged_text(rows: Iterable[Row]) -> str:
-    """Every criterion on every case it applies to; empty where none does."""
+def judged_text(judged: Iterable[Judgement]) -> str:
+    """Criteria and the cases they apply to; empty where there are none."""
     lines = [
         [
             judgement.case,
@@ -46,7 +46,7 @@ def judged_text(rows: Iterable[Row]) -> str:
             "-" if judgement.ratio is None else str(judgement.ratio),
             {True: "met", False: "NOT MET", None: "no time"}[judgement.met],
         ]
-        for judgement in ratios.judge(rows)
+        for judgement in judged
     ]
     return text_table(["case", "criterion", "demand", "times as fast (spread)", ""], lines) if lines else ""
 
@@ -89,12 +89,17 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
         parts.append(_step_table(rows))
         plots = ["step"]
     else:
-        parts += [table for table in (_judged_table(rows), _ops_table(rows), _overhead_table(rows)) if table]
+        parts += [
+            table
+            for table in (_judged_table(rows, content["left_out"]), _ops_table(rows), _overhead_table(rows))
+            if table
+        ]
         plots = ["speedup", "roofline"]
     if left_out := content["left_out"]:
         parts.append(f"{len(left_out)} cases were left out when the time was up.")
-    if wrong := sorted({f"{row['provider']} on `{row['case']}`" for row in rows if row["status"] == "wrong"}):
-        parts.append("Not right, and so without a time: " + ", ".join(wrong) + ".")
+    for status, text in (("wrong", "Not right, and so without a time: "), ("unavailable", "Could not be run: ")):
+        if found := sorted({f"{row['provider']} on `{row['case']}`" for row in rows if row["status"] == status}):
+            parts.append(text + ", ".join(found) + ".")
     parts.append("\n".join(f"![{plot}](benchmarks/results/{path.stem}-{plot}.png)" for plot in plots))
     return "\n\n".join(parts)
 
@@ -106,8 +111,8 @@ def _span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} - {high}"
 
 
-def _judged_table(rows: Sequence[Row]) -> str:
-    judged = ratios.judge(rows)
+def _judged_table(rows: Sequence[Row], left_out: Sequence[str]) -> str:
+    judged = ratios.judge(rows, left_out)
     lines = []
     for criterion in ratios.CRITERIA:
         found = [judgement for judgement in judged if judgement.criterion is criterion]
@@ -128,7 +133,7 @@ def _ops_table(rows: Sequence[Row]) -> str:
     for (op, pass_), cases in groups.items():
         sizes = [next(iter(providers.values()))["nbytes"] / 1e6 for providers in cases]
         columns = [_span(_against(cases, lambda p, name=name: ratios.rival(p, name))) for name in RIVALS]
-        copy = _span(_against(cases, lambda p: p.get(COPY)))
+        copy = _span(_against(cases, lambda p: ratios.timed(p, COPY)))
         lines.append([f"`{op}` {pass_}", str(len(cases)), _span(sizes), *columns, copy])
     header = ["operator and pass", "cases", "MB", "x eager", "x torch.compile", "x torch's own", "of the copy"]
     return markdown_table(header, lines) if lines else ""

@@ -549,10 +549,40 @@ def test_judged_ratios_take_the_faster_eager(measured: Path, tmp_path: Path) -> 
     store.write(tmp_path / "judged.json", content)
     result = run("judge", str(tmp_path / "judged.json"))
     assert result.exit_code == 1 and "NOT MET" in result.output
+    # Criteria without a case have no time, which is not enough.
+    assert "no case" in result.output and "no time" in result.output
     # Without a kernel the reference is what a user gets.
     del times[case, "adadfq cpu"]
     (judgement,) = ratios.judge(hand_made(times, measured)["rows"])
     assert judgement.ratio == ratios.Ratio(0.35, 0.35, 0.35)
+
+
+def test_what_has_no_time_meets_no_demand(measured: Path) -> None:
+    case = "margin_loss/both"
+    times = {(case, name): (time, time, time) for name, time in ((REFERENCE, 20.0), (PLAIN, 10.0), ("adadfq cpu", 1.0))}
+    rows = hand_made(times, measured)["rows"]
+    (judgement,) = ratios.judge(rows)
+    assert judgement.met is True
+    for i, status in ((1, "unavailable"), (2, "wrong")):  # a rival that might be faster; our own
+        changed = [row | ({"status": status, "p50_ms": None} if j == i else {}) for j, row in enumerate(rows)]
+        (judgement,) = ratios.judge(changed)
+        assert judgement.met is None, i
+    assert ratios.ours(ratios.by_case(changed)[case]) is None
+    left_out = "margin_loss/-/logits/b16k10/float32/contiguous/both"
+    assert [j.met for j in ratios.judge(rows, [left_out])] == [True, None]
+    whole = ratios.judge(rows, whole=True)
+    assert {j.criterion.title for j in whole} == {c.title for c in ratios.CRITERIA} and None in {j.met for j in whole}
+
+
+def test_readme_names_who_has_no_time(measured: Path) -> None:
+    content = store.read(measured)
+    empty = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "gb_per_s", "fraction_of_copy", "fraction_of_clone"))
+    for row, status in zip(content["rows"], ("wrong", "unavailable"), strict=False):
+        row |= empty | {"status": status, "error": "reason"}
+    text = readme.readme_block([(Path("ops.json"), content)])
+    first, second = content["rows"][:2]
+    assert f"without a time: {first['provider']} on `{first['case']}`" in text
+    assert f"Could not be run: {second['provider']} on `{second['case']}`" in text
 
 
 def test_plots(measured: Path, tmp_path: Path) -> None:
