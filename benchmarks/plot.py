@@ -48,6 +48,10 @@ def _timed(content: dict[str, Any]) -> list[Row]:
     return [row for row in rows if row.get("where") != TINY] or rows
 
 
+def _on_gpu(content: dict[str, Any]) -> bool:
+    return content["environment"]["device"] != "cpu"
+
+
 def _save(
     content: dict[str, Any], path: Path, draw: Callable[[Any, Sequence[Any]], None], rows: int, columns: int
 ) -> Path:
@@ -99,14 +103,18 @@ def _speed_up(content: dict[str, Any], axes: Sequence[Any]) -> None:
 
 
 def _roofline(content: dict[str, Any], axes: Sequence[Any]) -> None:
-    """GB/s of the bytes a case must move, against them; the copies are the limit."""
+    """GB/s of the bytes a case must move, against them; the copies are the limit.
+
+    Where the device is a CPU, in parts of the copy: its speed says more about the machine than about the code.
+    """
     (axis,) = axes
+    field, label = ("gb_per_s", "GB/s") if _on_gpu(content) else ("fraction_of_copy", "of the copy")
     timed = ratios.by_case(_timed(content))
     for name, style in ((COPY, "-"), (CLONE, "--")):
         line: dict[int, list[float]] = {}
         for providers in timed.values():
             if (row := ratios.timed(providers, name)) is not None:
-                line.setdefault(row["bytes_moved"], []).append(row["gb_per_s"])
+                line.setdefault(row["bytes_moved"], []).append(row[field])
         sizes = sorted(size for size in line if size)
         if sizes:
             speeds = [sorted(line[size])[len(line[size]) // 2] for size in sizes]
@@ -117,20 +125,21 @@ def _roofline(content: dict[str, Any], axes: Sequence[Any]) -> None:
             values = []
             for providers in timed.values():
                 own = ratios.ours(providers)
-                if own is not None and (own["op"], own["pass"]) == (op, pass_) and own["gb_per_s"]:
-                    values.append((own["bytes_moved"] / 1e6, own["gb_per_s"]))
+                if own is not None and (own["op"], own["pass"]) == (op, pass_) and own["bytes_moved"] and own[field]:
+                    values.append((own["bytes_moved"] / 1e6, own[field]))
             if values:
                 axis.plot(*zip(*values, strict=True), marker, color=f"C{i}", label=f"{op}, {pass_}", alpha=0.7)
     _logarithmic(axis)
-    axis.set(xlabel="bytes moved, MB", ylabel="GB/s")
+    axis.set(xlabel="bytes moved, MB", ylabel=label)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _step(content: dict[str, Any], axes: Sequence[Any]) -> None:
-    """Images a second, a bar a player."""
+    """Images a second, a bar a player; on a CPU as multiples of the last one's."""
     (axis,) = axes
     rows = [row for row in _timed(content) if row["status"] == "ok"]
     labels = [f"{row['provider']}\n{row['case'].removeprefix('step/')}" for row in rows]
-    axis.barh(labels, [row["images_per_s"] for row in rows], color=[f"C{i % 2}" for i in range(len(rows))])
+    unit = 1.0 if _on_gpu(content) else rows[-1]["images_per_s"]
+    axis.barh(labels, [row["images_per_s"] / unit for row in rows], color=[f"C{i % 2}" for i in range(len(rows))])
     axis.invert_yaxis()
-    axis.set(xlabel="images/s")
+    axis.set(xlabel="images/s" if _on_gpu(content) else f"times as fast as {rows[-1]['provider']}")

@@ -63,6 +63,7 @@ def compare_text(comparison: Comparison, first: str, second: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- README
+# Times of a CPU say more about the machine, and who else is on it, than about the code: published are ratios only.
 
 BEGIN = "<!-- benchmarks: begin -->"
 END = "<!-- benchmarks: end -->"
@@ -86,7 +87,7 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
         title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"
     parts = [title]
     if content["kind"] == "step":
-        parts.append(_step_table(rows))
+        parts += [table for table in [_step_table(rows)] if table]
         plots = ["step"]
     else:
         parts += [
@@ -150,26 +151,30 @@ def _against(cases: Iterable[dict[str, Row]], choose: Callable[[dict[str, Row]],
 
 def _overhead_table(rows: Sequence[Row]) -> str:
     lines = []
+    on_gpu = any(row["device"] != "cpu" for row in rows)
     for case, providers in ratios.by_case(row for row in rows if row["where"] == TINY).items():
-        own = ratios.ours(providers)
-        others = [ratios.rival(providers, name) for name in (EAGER, COMPILE, NATIVE, BARE)]
-        cells = [number(None if row is None else row["p50_ms"] * 1e3) for row in (own, *others)]
+        own, bare = ratios.ours(providers), ratios.timed(providers, BARE)
+        others = [ratios.rival(providers, name) for name in (EAGER, COMPILE, NATIVE)]
+        unit = 1e-3
+        if not on_gpu:
+            unit = None if bare is None else bare["p50_ms"]
+        cells = [number(None if row is None or unit is None else row["p50_ms"] / unit) for row in (own, *others, bare)]
         op, *_, pass_ = case.split("/")
         lines.append([f"`{op}` {'forward + backward' if pass_ == 'both' else pass_}", *cells])
-    header = ["one call on next to no data, us", "adadfq", "eager", "torch.compile", "torch's own", "`x * 1`"]
+    unit_name = "us" if on_gpu else "in `x * 1` of the same pass"
+    header = [f"one call on next to no data, {unit_name}", "adadfq", "eager", "torch.compile", "torch's own", "`x * 1`"]
     return markdown_table(header, lines) if lines else ""
 
 
 def _step_table(rows: Sequence[Row]) -> str:
-    slowest = {row["case"]: row for row in rows if row["status"] == "ok"}
     lines = []
-    for row in rows:
-        if row["status"] != "ok":
-            continue
-        other = slowest[row["case"]]
-        peak = number(row["peak_memory_bytes"] / 1e6)
-        ratio = number(other["p50_ms"] / row["p50_ms"])
-        cells = [number(row["p50_ms"]), number(row["images_per_s"]), f"{ratio}x", peak]
+    timed = [row for row in rows if row["status"] == "ok"]
+    on_gpu = any(row["device"] != "cpu" for row in timed)
+    for row in timed:
+        speeds = [number(row["p50_ms"]), number(row["images_per_s"])] if on_gpu else []
+        cells = [*speeds, f"{number(timed[-1]['p50_ms'] / row['p50_ms'])}x", number(row["peak_memory_bytes"] / 1e6)]
         lines.append([f"`{row['case']}`", row["provider"], *cells])
-    header = ["one step", "", "ms", "images/s", f"against {rows[-1]['provider'] if rows else 'the last'}", "peak MB"]
-    return markdown_table(header, lines) if lines else ""
+    if not lines:
+        return ""
+    units = ["ms", "images/s"] if on_gpu else []
+    return markdown_table(["one step", "", *units, f"against {timed[-1]['provider']}", "peak MB"], lines)

@@ -585,6 +585,18 @@ def test_readme_names_who_has_no_time(measured: Path) -> None:
     assert f"Could not be run: {second['provider']} on `{second['case']}`" in text
 
 
+def test_no_times_of_a_cpu_are_published(measured: Path) -> None:
+    content = store.read(measured)
+    text = readme.readme_block([(Path("ops.json"), content)])
+    assert "in `x * 1` of the same pass" in text and "us |" not in text
+    for row in content["rows"]:  # a machine twice as slow has the same tables
+        times = ("p20_ms", "p50_ms", "p80_ms")
+        row |= {key: None if row[key] is None else 2 * row[key] for key in times}
+    assert readme.readme_block([(Path("ops.json"), content)]) == text
+    on_gpu = content | {"rows": [row | {"device": "cuda"} for row in content["rows"]]}
+    assert "no data, us |" in readme.readme_block([(Path("ops.json"), on_gpu)])
+
+
 def test_plots(measured: Path, tmp_path: Path) -> None:
     result = run("plot", str(measured), "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -716,6 +728,8 @@ def test_step(environment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
     assert ours["images_per_s"] == pytest.approx(4e3 / ours["p50_ms"]) and ours["peak_memory_bytes"] > 1e5
     assert ours["case"] == "step/resnet20@8/b4/w4a4"
     assert [path.name for path in plot.plot(content, "step", tmp_path)] == ["step-step.png"]
+    text = readme.readme_block([(Path("step.json"), content)])
+    assert "against eager reference" in text and " ms " not in text and "images/s" not in text
 
     def other_bits(setting: step.Setting, device: torch.device) -> providers.Provider:
         player = step._Player(dataclasses.replace(setting, act_bits=2), device)
