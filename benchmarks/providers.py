@@ -20,6 +20,8 @@ from benchmarks.problems import Function, Outputs, Problem
 
 COPY = "copy (into existing memory)"
 CLONE = "copy (new tensor)"
+#: What an operator in place can be at best: a copy touches twice as many addresses.
+IN_PLACE = "x.mul_(1)"
 REFERENCE = "eager reference"
 PLAIN = "eager plain"
 COMPILE = "torch.compile"
@@ -30,7 +32,7 @@ INTO = " (into existing memory)"
 OURS = "adadfq "
 
 #: Providers whose results are not looked at, for they compute nothing of the case.
-UNCHECKED = (COPY, CLONE, BARE)
+UNCHECKED = (COPY, CLONE, IN_PLACE, BARE)
 #: The allocator gives smaller tensors memory that is there already: "into" would be the same again.
 INTO_FROM_BYTES = 32 << 20
 
@@ -94,11 +96,13 @@ def backends(case: Case, device_type: str) -> list[str]:
 def names(case: Case, device_type: str, patterns: tuple[str, ...] = ("*",)) -> list[str]:
     """Providers of `case` whose name fits one of `patterns`, in the order they take turns.
 
-    The copies are always among them: every row is set against the copy.
+    The copies, and what is their like in place, are always among them: every row is set against the copy.
     """
     ours = [OURS + backend for backend in backends(case, device_type)]
     found = list(ours)
-    if case.op == "fake_quantize" and case.pass_ == "forward" and case.nbytes >= INTO_FROM_BYTES:
+    # A GPU's allocator keeps what it has got: there, every call writes to existing memory.
+    new_memory = device_type == "cpu" and case.nbytes >= INTO_FROM_BYTES
+    if case.op == "fake_quantize" and case.pass_ == "forward" and new_memory:
         found += [name + INTO for name in ours]
     if _has_native(case):
         found.append(NATIVE)
@@ -106,7 +110,7 @@ def names(case: Case, device_type: str, patterns: tuple[str, ...] = ("*",)) -> l
     if case.where == TINY:
         found.append(BARE)
     chosen = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return [*chosen, COPY, CLONE]
+    return [*chosen, COPY, CLONE, *([IN_PLACE] if case.op == "fake_quantize_" else [])]
 
 
 def check_patterns(patterns: tuple[str, ...], cases: list[Case], device_type: str) -> None:
@@ -133,7 +137,7 @@ def build(case: Case, problem: Problem, chosen: list[str]) -> list[Provider]:
 
 
 def _build(case: Case, problem: Problem, name: str) -> Provider:
-    if name in (COPY, CLONE):
+    if name in (COPY, CLONE, IN_PLACE):
         return _copy(case, problem, name)
     if name == BARE:
         return from_function(
@@ -195,12 +199,14 @@ def from_function(
 
 
 def _copy(case: Case, problem: Problem, name: str) -> Provider:
-    """A copy that reads and writes together as many bytes as the case."""
+    """A copy, or a pass in place, that reads and writes together as many bytes as the case."""
     device = problem.args[0].device
     elements = max(1, case.bytes_moved // 2 // case.torch_dtype.itemsize)
     source = torch.ones(elements, dtype=case.torch_dtype, device=device)
     if name == CLONE:
         return Provider(name, source.clone)
+    if name == IN_PLACE:
+        return Provider(name, lambda: source.mul_(1))
     target = torch.zeros_like(source)
     return Provider(name, lambda: target.copy_(source))
 

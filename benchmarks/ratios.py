@@ -9,7 +9,7 @@ from typing import Any
 from adadfq.errors import InvalidInputError
 from adadfq.ops.dispatch import PREFERENCE
 from benchmarks.cases import registry
-from benchmarks.providers import BARE, CLONE, COMPILE, COPY, INTO, NATIVE, OURS, PLAIN, REFERENCE
+from benchmarks.providers import CLONE, COMPILE, COPY, IN_PLACE, INTO, NATIVE, OURS, PLAIN, REFERENCE, UNCHECKED
 
 Row = dict[str, Any]
 
@@ -98,6 +98,14 @@ def _large(row: Row) -> bool:
     return _is_fake_quantize(row) and 50e6 <= row["nbytes"] <= 200e6
 
 
+def _large_new(row: Row) -> bool:
+    return _large(row) and row["op"] == "fake_quantize"
+
+
+def _large_in_place(row: Row) -> bool:
+    return _large(row) and row["op"] == "fake_quantize_"
+
+
 def _small(row: Row) -> bool:
     return _is_fake_quantize(row) and 64e3 <= row["nbytes"] <= 4e6
 
@@ -114,26 +122,18 @@ _BEST_OTHER = "best other"
 
 #: The table by which the operators are judged. Where a demand can be read in two ways, both are here.
 CRITERIA = (
-    Criterion("large, in place: of the copy", lambda r: _large(r) and r["op"] == "fake_quantize_", COPY, 0.85),
+    Criterion("large, in place: of the copy", _large_in_place, COPY, 0.85),
+    Criterion("large, in place: of x.mul_(1)", _large_in_place, IN_PLACE, 0.85),
+    Criterion("large, into existing memory: of the copy", _large_new, COPY, 0.85, INTO),
+    Criterion("large, new tensor: of the copy to a new tensor", _large_new, CLONE, 0.85),
+    Criterion("large, new tensor: of the copy into existing memory", _large_new, COPY, 0.85),
     Criterion(
-        "large, into existing memory: of the copy", lambda r: _large(r) and r["op"] == "fake_quantize", COPY, 0.85, INTO
+        "large, new tensor: torch's per-channel op",
+        lambda r: _large_new(r) and r["variant"].startswith("per_channel"),
+        NATIVE,
+        10,
     ),
-    Criterion(
-        "large, new tensor: of the copy to a new tensor",
-        lambda r: _large(r) and r["op"] == "fake_quantize",
-        CLONE,
-        0.85,
-    ),
-    Criterion(
-        "large, new tensor: of the copy into existing memory",
-        lambda r: _large(r) and r["op"] == "fake_quantize",
-        COPY,
-        0.85,
-    ),
-    Criterion(
-        "large: torch's per-channel op", lambda r: _large(r) and r["variant"].startswith("per_channel"), NATIVE, 10
-    ),
-    Criterion("large: torch.compile", _large, COMPILE, 1.0),
+    Criterion("large, new tensor: torch.compile", _large_new, COMPILE, 1.0),
     Criterion("small: best other provider", _small, _BEST_OTHER, 1.0),
     Criterion("ResNet-18 weights: eager", _is_resnet18_weights, REFERENCE, 4),
     Criterion("ResNet-18 weights: faster eager", _is_resnet18_weights, EAGER, 4),
@@ -202,7 +202,7 @@ def _judged_ratio(criterion: Criterion, providers: dict[str, Row]) -> Ratio | No
     if criterion.provider_suffix:
         own = timed(providers, own["provider"] + criterion.provider_suffix)
     if criterion.rival == _BEST_OTHER:
-        others = [name for name in providers if not name.startswith(OURS) and name not in (COPY, CLONE, BARE)]
+        others = [name for name in providers if not name.startswith(OURS) and name not in UNCHECKED]
         other = fastest(providers, dict.fromkeys((REFERENCE, PLAIN, COMPILE, *others)))
     else:
         other = rival(providers, criterion.rival)
@@ -248,6 +248,12 @@ def compare(first: dict[str, Any], second: dict[str, Any], force: bool = False) 
     for name in here["versions"] | there["versions"]:
         if here["versions"].get(name) != there["versions"].get(name):
             notes.append(f"{name}: {here['versions'].get(name)} and {there['versions'].get(name)}")
+    for key in ("git_commit", "git_dirty"):
+        if here[key] != there[key]:
+            notes.append(f"{key}: {here[key]} and {there[key]}")
+    for key in ("rounds", "seconds"):
+        if (one := first["options"].get(key)) != (other := second["options"].get(key)):
+            notes.append(f"--{key}: {one} and {other}")
     a, b = _timed(first), _timed(second)
     return Comparison(
         {key: speed_up(a[key], b[key]) for key in a if key in b},

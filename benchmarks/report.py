@@ -56,6 +56,7 @@ def compare_text(comparison: Comparison, first: str, second: str) -> str:
     lines = [[f"{case}  {provider}", str(ratio)] for (case, provider), ratio in comparison.ratios.items()]
     parts = [f"note: {note}" for note in comparison.notes]
     parts.append(f"time in {first} / time in {second}; above 1, {second} is faster")
+    parts.append("spread: 20th percentile of the one over 80th of the other, and the reverse; no confidence interval")
     parts.append(text_table(["case and provider", "ratio (spread)"], lines) if lines else "no row is in both")
     for name, keys in ((first, comparison.only_first), (second, comparison.only_second)):
         parts += [f"only in {name}: {case}  {provider}" for case, provider in keys]

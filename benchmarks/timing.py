@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,14 +52,20 @@ def measure(providers: Sequence[Provider], device: torch.device, rounds: int, se
             samples[provider.name] = Samples(repeats)
             round_seconds += once * (repeats + 1)
         rounds = max(MIN_ROUNDS, min(rounds, int(seconds / round_seconds)))
-        for i in range(rounds):
-            # Another provider begins each round, so that none always follows the same one.
-            for provider in (*providers[i % len(providers) :], *providers[: i % len(providers)]):
+        for order in orders(providers, rounds):
+            for provider in order:
                 kept = samples[provider.name]
                 with provider.active():
                     provider.call()
                     kept.values.append(clock(provider.call, kept.repeats))
     return samples
+
+
+def orders(providers: Sequence[Provider], rounds: int) -> Iterator[list[Provider]]:
+    """A shuffled order for every round, the same ones at every call: none always follows the same one."""
+    shuffle = random.Random(0)
+    for _ in range(rounds):
+        yield shuffle.sample(providers, len(providers))
 
 
 Clock = Callable[[Callable[[], Any], int], float]

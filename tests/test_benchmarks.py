@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -389,6 +390,17 @@ def test_providers_take_turns() -> None:
     assert timing.MIN_SAMPLE < low <= median <= high < 1
 
 
+def test_nobody_always_follows_the_same_one() -> None:
+    built = [providers.Provider(name, lambda: None) for name in "abcd"]
+    counts = dict.fromkeys(itertools.permutations("abcd", 2), 0)
+    for order in timing.orders(built, 200):
+        assert len(order) == 4
+        for before, after in itertools.pairwise(order):
+            counts[before.name, after.name] += 1
+    # 600 pairs of 12 kinds
+    assert 25 < min(counts.values()) and max(counts.values()) < 75
+
+
 def test_short_calls_are_repeated_and_rounds_have_a_floor() -> None:
     samples = timing.measure([providers.Provider("nothing", lambda: None)], CPU, 21, 0.0)["nothing"]
     assert samples.repeats > 10 and len(samples.values) == timing.MIN_ROUNDS
@@ -422,7 +434,7 @@ def test_the_backend_is_forced_only_meanwhile(monkeypatch: pytest.MonkeyPatch) -
     assert "ADADFQ_BACKEND" not in os.environ
 
 
-def test_into_existing_memory_writes_there() -> None:
+def test_into_existing_memory_writes_there(monkeypatch: pytest.MonkeyPatch) -> None:
     # Listed from 32 MB on; right at any size.
     case = case_named(SMALL)
     problem = problems.make(case, CPU)
@@ -433,6 +445,18 @@ def test_into_existing_memory_writes_there() -> None:
         assert memory.peak_bytes(provider.call, CPU) == 0
     large = select("judged", ["fake_quantize"], ["b128"])[0]
     assert "adadfq cpu" + providers.INTO in providers.names(large, "cpu")
+    monkeypatch.setattr(providers, "backends", lambda *_: ["cuda"])
+    assert "adadfq cuda" in providers.names(large, "cuda")
+    assert "adadfq cuda" + providers.INTO not in providers.names(large, "cuda")
+
+
+def test_the_limit_in_place_changes_no_memory_but_its_own() -> None:
+    case = case_named(SMALL.replace("fake_quantize/", "fake_quantize_/"))
+    problem = problems.make(case, CPU)
+    assert providers.IN_PLACE in providers.names(case, "cpu", ("adadfq*",))
+    (provider,) = providers.build(case, problem, [providers.IN_PLACE])
+    assert 2 * provider.call().nbytes == case.bytes_moved and memory.peak_bytes(provider.call, CPU) < 100
+    assert providers.IN_PLACE not in providers.names(case_named(SMALL), "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -462,7 +486,7 @@ def test_rows_have_all_fields_and_survive_json(measured: Path, tmp_path: Path) -
     for row in content["rows"]:
         assert row["fraction_of_copy"] == pytest.approx(copies[row["case"]] / row["p50_ms"])
     names = {row["provider"] for row in content["rows"]}
-    assert {"adadfq cpu", NATIVE, REFERENCE, PLAIN, COPY, CLONE, providers.BARE} == names
+    assert {"adadfq cpu", NATIVE, REFERENCE, PLAIN, COPY, CLONE, providers.BARE, providers.IN_PLACE} == names
     store.write(tmp_path / "again.json", content)
     assert store.read(tmp_path / "again.json") == content
     assert (tmp_path / "again.json").read_bytes() == measured.read_bytes()
@@ -519,6 +543,8 @@ def test_compare(measured: Path, tmp_path: Path) -> None:
     assert result.notes == []
 
     second["environment"]["threads"] = 9
+    second["options"] |= {"rounds": 5}
+    second["environment"] |= {"git_commit": "c0ffee"}
     second["environment"] |= {"transparent_hugepage": "other", "thp_mem_alloc": True}
     second["environment"]["versions"]["torch"] = "0.1"
     a, b = tmp_path / "a.json", tmp_path / "b.json"
@@ -526,6 +552,8 @@ def test_compare(measured: Path, tmp_path: Path) -> None:
     store.write(b, second)
     output = run("compare", str(a), str(b))
     assert output.exit_code == 0 and "2.00 (1.00-3.00)" in output.output
+    assert "--rounds: 21 and 5" in output.output and "and c0ffee" in output.output
+    assert "spread: 20th percentile" in output.output
     assert "thp_mem_alloc: False and True" in output.output and "transparent_hugepage: " in output.output
     assert "threads: 1 and 9" in output.output and f"torch: {torch.__version__} and 0.1" in output.output
     assert "only in a.json: gone/forward  x" in output.output and "only in b.json: new/forward  x" in output.output
