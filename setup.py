@@ -7,6 +7,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -84,6 +85,15 @@ def cuda_decision(environ: Mapping[str, str]) -> tuple[Path | None, str | None]:
     return None, reason
 
 
+def digest_of_sources(folder: Path = Path("csrc")) -> str:
+    """SHA-256 of the names and contents of all files of `folder`; benchmarks/environment.py has the same."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
 class BuildExt(build_ext):
     """build_ext that compiles .cu files with nvcc and records what was built in adadfq/_build_info.json."""
 
@@ -101,6 +111,7 @@ class BuildExt(build_ext):
     def run(self) -> None:
         super().run()
         compiler = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
+        self.info["sources"] = digest_of_sources()
         self.info["cxx"] = output_of([compiler[0], "--version"]).splitlines()[0]
         in_place = self.inplace or getattr(self, "editable_mode", False)
         folder = Path("adadfq") if in_place else Path(self.build_lib, "adadfq")

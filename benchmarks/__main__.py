@@ -161,6 +161,8 @@ def ops(
     if json_path is not None:
         store.write(json_path, content)  # a path that cannot be written is found now
     click.echo(machine(environment))
+    if environment["native_matches_sources"] is False:
+        click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
     start = time.monotonic()
     for i, case in enumerate(chosen):
         if limit is not None and time.monotonic() - start > limit:

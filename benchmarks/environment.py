@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -38,6 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """device, device_name, cpu, cpus, threads, system, versions {name: version}, git_commit, git_dirty, date (UTC).
 
     Also transparent_hugepage, the system's mode, and thp_mem_alloc, whether PyTorch's allocator asks for huge pages.
+    native_matches_sources says whether csrc is what the native modules were built from; None where nobody knows.
     git_commit and git_dirty are None outside a git checkout.
     """
     found = info.collect()
@@ -60,6 +62,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "triton": found["triton"]["version"],
             "cuda": torch.version.cuda,
         },
+        "native_matches_sources": _native_matches(found["build"]),
         "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -79,6 +82,21 @@ def machine(environment: dict[str, Any]) -> str:
     if commit:
         parts.append(f"commit {commit[:10]}{' with changes' if environment['git_dirty'] else ''}")
     return ", ".join(parts)
+
+
+def digest_of_sources(folder: Path = _ROOT / "csrc") -> str | None:
+    """SHA-256 of the names and contents of all files of `folder`, as setup.py records it; None where there are none."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest() if paths else None
+
+
+def _native_matches(build: dict[str, Any] | None) -> bool | None:
+    recorded, here = (build or {}).get("sources"), digest_of_sources()
+    return None if recorded is None or here is None else recorded == here
 
 
 def _git(*arguments: str) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adadfq import files
 from adadfq.errors import InvalidInputError
 from benchmarks import ratios
 from benchmarks.cases import TINY
@@ -16,6 +19,18 @@ from benchmarks.ratios import RIVALS, Row
 _MARKERS = {"forward": "o", "backward": "v", "both": "s"}
 
 
+def names(content: dict[str, Any]) -> tuple[str, ...]:
+    """The plots of a file; none where no row has a time."""
+    if not any(row["status"] == "ok" for row in content["rows"]):
+        return ()
+    return ("step",) if content["kind"] == "step" else ("speedup", "roofline")
+
+
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a file's content. Its plots carry it in their metadata, which PNG stores as it is."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
     """Write the plots of a file to `folder` as ``<stem>-<plot>.png``; returns their paths.
 
@@ -24,7 +39,7 @@ def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InvalidInputError(f"the directory {folder} does not exist; create it first")
-    if not any(row["status"] == "ok" for row in content["rows"]):
+    if not names(content):
         raise InvalidInputError(f"{stem}: no row has a time: there is nothing to plot")
     try:
         import matplotlib
@@ -62,7 +77,8 @@ def _save(
     draw(content, axes)
     figure.suptitle(machine(content["environment"]), fontsize=9)
     # No creation date or version of matplotlib: the same results give the same file.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with files.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None, "Results": digest(content)})
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from adadfq import files
 from adadfq.errors import InvalidInputError
@@ -18,17 +19,19 @@ def update(readme: Path = README, results: Path = RESULTS) -> list[Path]:
     """Rewrite the part of `readme` between the markers and the plots of every file in `results`; returns what changed.
 
     Raises:
-        InvalidInputError: a marker is missing, or a file of results is not valid.
+        InvalidInputError: a marker is missing, or a file of results is not valid or not to be published.
     """
     stored = _stored(results)
     text = readme.read_text(encoding="utf-8")
-    new = _replaced(text, readme_block(stored), readme)
+    block = _replaced(text, readme_block(stored), readme)
     written = []
     for path, content in stored:
-        written += plot.plot(content, path.stem, results)
-    if new != text:
+        before = {image: image.read_bytes() for image in _plots(path, content) if image.is_file()}
+        if plot.names(content):
+            written += [new for new in plot.plot(content, path.stem, results) if before.get(new) != new.read_bytes()]
+    if block != text:
         with files.atomic_write(readme) as temporary:
-            temporary.write_text(new, encoding="utf-8")
+            temporary.write_text(block, encoding="utf-8")
         written.append(readme)
     return written
 
@@ -41,14 +44,28 @@ def stale(readme: Path = README, results: Path = RESULTS) -> list[str]:
     if _replaced(text, readme_block(stored), readme) != text:
         reasons.append(f"{readme.name} does not show the stored results")
     for path, content in stored:
-        names = ("step",) if content["kind"] == "step" else ("speedup", "roofline")
-        plots = [results / f"{path.stem}-{name}.png" for name in names]
-        reasons += [f"{image.name} is missing" for image in plots if not image.is_file()]
+        digest = plot.digest(content).encode()
+        for image in _plots(path, content):
+            if not image.is_file():
+                reasons.append(f"{image.name} is missing")
+            elif digest not in image.read_bytes():
+                reasons.append(f"{image.name} does not show {path.name}")
     return reasons
 
 
-def _stored(results: Path) -> list[tuple[Path, dict[str, object]]]:
-    return [(path, store.read(path)) for path in sorted(results.glob("*.json"))]
+def _plots(path: Path, content: dict[str, Any]) -> list[Path]:
+    return [path.with_name(f"{path.stem}-{name}.png") for name in plot.names(content)]
+
+
+def _stored(results: Path) -> list[tuple[Path, dict[str, Any]]]:
+    stored = [(path, store.read(path)) for path in sorted(results.glob("*.json"))]
+    for path, content in stored:
+        if content["environment"]["native_matches_sources"] is False:
+            raise InvalidInputError(
+                f"{path.name} was measured with modules that were not built from the csrc of its commit: "
+                "build with 'pip install -e .' and measure again"
+            )
+    return stored
 
 
 def _replaced(text: str, block: str, readme: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ratios
+from benchmarks import plot, ratios
 from benchmarks.cases import TINY
 from benchmarks.environment import machine
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
@@ -89,20 +89,19 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     parts = [title]
     if content["kind"] == "step":
         parts += [table for table in [_step_table(rows)] if table]
-        plots = ["step"]
     else:
         parts += [
             table
             for table in (_judged_table(rows, content["left_out"]), _ops_table(rows), _overhead_table(rows))
             if table
         ]
-        plots = ["speedup", "roofline"]
     if left_out := content["left_out"]:
         parts.append(f"{len(left_out)} cases were left out when the time was up.")
     for status, text in (("wrong", "Not right, and so without a time: "), ("unavailable", "Could not be run: ")):
         if found := sorted({f"{row['provider']} on `{row['case']}`" for row in rows if row["status"] == status}):
             parts.append(text + ", ".join(found) + ".")
-    parts.append("\n".join(f"![{plot}](benchmarks/results/{path.stem}-{plot}.png)" for plot in plots))
+    if names := plot.names(content):
+        parts.append("\n".join(f"![{name}](benchmarks/results/{path.stem}-{name}.png)" for name in names))
     return "\n\n".join(parts)
 
 

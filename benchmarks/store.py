@@ -27,6 +27,7 @@ _ENVIRONMENT: dict[str, tuple[type, ...]] = {
     "thp_mem_alloc": (bool,),
     "system": (str,),
     "versions": (dict,),
+    "native_matches_sources": (bool, NoneType),
     "git_commit": (str, NoneType),
     "git_dirty": (bool, NoneType),
     "date": (str,),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -43,7 +44,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, registry, select
 from benchmarks.check import Oracle
-from benchmarks.environment import describe, machine
+from benchmarks.environment import describe, digest_of_sources, machine
 from benchmarks.providers import CLONE, COMPILE, COPY, NATIVE, PLAIN, REFERENCE
 
 ROOT = Path(__file__).parents[1]
@@ -492,6 +493,40 @@ def test_rows_have_all_fields_and_survive_json(measured: Path, tmp_path: Path) -
     assert (tmp_path / "again.json").read_bytes() == measured.read_bytes()
 
 
+def test_what_was_built_is_held_against_the_sources(
+    environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert digest_of_sources(tmp_path) is None
+    (tmp_path / "a.h").write_text("1")
+    before = digest_of_sources(tmp_path)
+    (tmp_path / "a.h").write_text("2")
+    assert before != digest_of_sources(tmp_path)
+    pytest.importorskip("setuptools", minversion="69")
+    built = runpy.run_path(str(ROOT / "setup.py"))["digest_of_sources"](ROOT / "csrc")
+    found = adadfq.info.collect()
+    for build, matches in (
+        (None, None),
+        ({"cxx": "g++"}, None),
+        ({"sources": built}, True),
+        ({"sources": "other"}, False),
+    ):
+        monkeypatch.setattr(adadfq.info, "collect", lambda build=build: found | {"build": build})
+        assert describe(CPU)["native_matches_sources"] is matches
+    arguments = (
+        "--filter",
+        "tiny",
+        "--ops",
+        "margin_loss",
+        "--providers",
+        "adadfq*",
+        "--threads",
+        "1",
+        "--seconds",
+        "0",
+    )
+    assert "not built from this csrc" in run("ops", *arguments).output
+
+
 def test_nothing_names_the_machine_or_a_path(environment: dict[str, Any]) -> None:
     text = json.dumps(environment)
     assert str(Path.home()) not in text and str(ROOT) not in text
@@ -683,8 +718,29 @@ def test_readme_is_made_from_the_stored_files(measured: Path, tmp_path: Path) ->
     assert "](benchmarks/results/ops-speedup.png)" in text
     assert "`benchmarks/results/ops.json`): stock allocator" in text
     assert readme.stale(page, results) == []
+    assert readme.update(page, results) == []
     (results / "ops-roofline.png").unlink()
     assert readme.stale(page, results) == ["ops-roofline.png is missing"]
+    assert readme.update(page, results) == [results / "ops-roofline.png"]
+
+    # What tables do not show and plots might.
+    content = store.read(measured)
+    content["environment"]["date"] = "2000-01-01T00:00:00Z"
+    store.write(results / "ops.json", content)
+    stale = [f"ops-{name}.png does not show ops.json" for name in ("speedup", "roofline")]
+    assert readme.stale(page, results) == stale
+    assert [path.name for path in readme.update(page, results)] == ["ops-speedup.png", "ops-roofline.png"]
+    assert readme.stale(page, results) == []
+
+    store.write(results / "partial.json", content | {"rows": [], "left_out": ["all"]})
+    assert readme.update(page, results) == [page] and "1 cases were left out" in page.read_text()
+    assert readme.stale(page, results) == []
+
+    content["environment"]["native_matches_sources"] = False
+    store.write(results / "ops.json", content)
+    with pytest.raises(InvalidInputError, match=r"ops\.json was measured with modules"):
+        readme.update(page, results)
+    (results / "ops.json").unlink()
 
     page.write_text("no markers")
     with pytest.raises(InvalidInputError, match="must hold"):
