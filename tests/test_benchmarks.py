@@ -419,7 +419,7 @@ def test_peak_memory(environment: dict[str, Any]) -> None:
                 peaks[chosen.op, provider.name] = memory.peak_bytes(provider.call, CPU)
     assert peaks["fake_quantize", "adadfq cpu"] == case.nbytes
     assert peaks["fake_quantize", REFERENCE] >= 3 * case.nbytes
-    assert peaks["fake_quantize", PLAIN] == case.nbytes
+    assert peaks["fake_quantize", PLAIN] < 1.1 * case.nbytes
     assert peaks["fake_quantize", CLONE] == case.nbytes and peaks["fake_quantize", COPY] == 0
     assert peaks["fake_quantize_", PLAIN] < case.nbytes / 10
 
