@@ -26,8 +26,8 @@ def _view(values: Tensor, ndim: int, axis: int | None) -> Tensor:
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, into: Tensor | None = None) -> Tensor:
-    """The quantised value of `x`, in a new tensor or in `into`; the gradient passes unchanged."""
-    x_hat = torch.div(x.detach(), scale, out=into)
+    """The quantised value of `x`, in a new tensor or in `into`, which holds `x`; the gradient passes unchanged."""
+    x_hat = torch.div(x.detach(), scale) if into is None else into.div_(scale)  # torch.compile refuses a strided out=
     x_hat.round_().add_(zero_point).clamp_(0, 2**bits - 1).sub_(zero_point).mul_(scale)
     # Forward passes that need no gradient do not pay for the trick.
     return x_hat.sub_(x.detach()).add_(x) if x.requires_grad else x_hat

@@ -68,9 +68,8 @@ template <>
 ADADFQ_HD BFloat16 from_float<BFloat16>(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan =
-      (bits >> 16) | 0x40u;  // dropping the low bits must not make it an infinity
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+  // Rounding would make an infinity of some NaN.
+  return {static_cast<uint16_t>(value == value ? rounded : 0x7fc0u)};
 }
 
 template <>
