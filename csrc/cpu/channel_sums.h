@@ -112,15 +112,17 @@ void channel_sums(const ChannelWalk& walk, int threads, std::vector<double>& a,
   std::vector<double> partial(2 * walk.chunks * width);
   const int64_t parts =
       std::min<int64_t>(walk.chunks, useful_threads(walk.layout.elements(), threads));
-  // Allocated here: an exception must not leave a parallel region.
-  std::vector<float> scratch(parts * walk.scratch());
+  // Allocated here: an exception must not leave a parallel region. With room between the threads'
+  // parts, or the sums of one would share a cache line with another's at every row.
+  const int64_t stride = walk.scratch() + 64;
+  std::vector<float> scratch(parts * stride);
   parallel_for(parts, static_cast<int>(parts), 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t stop = (part + 1) * walk.chunks / parts;
       for (int64_t i = part * walk.chunks / parts; i < stop; ++i) {
         double* sums = &partial[2 * i * width];
         chunk(i * walk.units / walk.chunks, (i + 1) * walk.units / walk.chunks, sums, sums + width,
-              scratch.data() + part * walk.scratch());
+              scratch.data() + part * stride);
       }
     }
   });
