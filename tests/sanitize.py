@@ -46,6 +46,7 @@ FAULTS = {
         "cpu.fake_quantize(torch.zeros(1001), torch.ones(1), torch.zeros(1, dtype=torch.int32), 4)\n"
     ),
     "runtime error: shift exponent 40 is too large": (
+        "native_args.check_bits = lambda *a: None\n"
         "cpu.fake_quantize(torch.zeros(3), torch.ones(1), torch.zeros(1, dtype=torch.int32), 40)\n"
     ),
 }
