@@ -115,7 +115,9 @@ def affine_act_fake_quantize(
     var: Tensor,
 ) -> Tensor:
     """BatchNorm in inference (the fused operator, fastest of PyTorch's ways), residual, activation, quantiser."""
-    u = F.batch_norm(_compute(x), mean, var, scale, shift, training=False, eps=0)
+    # eps 0 is refused by some versions; this one changes no variance.
+    eps = torch.finfo(torch.float32).tiny
+    u = F.batch_norm(_compute(x), mean, var, scale, shift, training=False, eps=eps)
     if residual is not None:
         u = u.add_(residual)
     u = {"none": lambda t: t, "relu": torch.relu_, "relu6": lambda t: F.hardtanh_(t, 0.0, 6.0)}[act](u)
