@@ -12,7 +12,12 @@ import pytest
 import torch
 
 import adadfq
-from adadfq.ops import dispatch
+from adadfq.ops import dispatch, triton
+
+if triton.INTERPRETED:
+    import interpreter
+
+    interpreter.install()
 
 # The tests' tensors are too small to share between threads; those about threads set their own number.
 torch.set_num_threads(1)

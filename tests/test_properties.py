@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadfq.ops import cpu, reference
+from adadfq.ops import cpu, reference, triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -46,14 +46,17 @@ def examples(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]
     )
 
 
+#: What is compared with the reference: the CPU kernels, or Triton's in a process that interprets them.
+NATIVE = triton if triton.INTERPRETED else cpu
+
+
 def implementations(op: str) -> list[tuple[str, Callable[..., Any]]]:
-    """The reference, and the CPU kernel; tests/test_ops.py sees to it that there is one."""
-    found = [("reference", reference.KERNELS[op])]
-    return [*found, ("cpu", cpu.KERNELS[op])] if op in cpu.KERNELS else found
+    """The reference, and the native kernel; tests/test_ops.py sees to it that there is one."""
+    return [("reference", reference.KERNELS[op]), (NATIVE.NAME, NATIVE.KERNELS[op])]
 
 
 def for_dtype(op: str, dtype: torch.dtype) -> list[tuple[str, Callable[..., Any]]]:
-    return [(name, f) for name, f in implementations(op) if name == "reference" or dtype in cpu.DTYPES]
+    return [(name, f) for name, f in implementations(op) if name == "reference" or dtype in NATIVE.DTYPES]
 
 
 @dataclass(frozen=True)
