@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adadfq.kernels.arithmetic import divisor, quotient, round_half_even
-from adadfq.kernels.segments import channels_at, elements, first_element, plan, to_block
+from adadfq.kernels.segments import channels_at, elements, first_element, load_params, plan, to_tile
 
 
 @triton.jit
@@ -38,20 +38,19 @@ def fake_quantize_kernel(
 ):
     start = first_element(WIDE, BLOCK)
     channel = channels_at(start, channels, inner, PARAMS, GROUP, BLOCK)
-    scale = tl.load(scale_ptr + channel)
-    zero_point = tl.load(zero_point_ptr + channel).to(tl.float32)
+    scale = load_params(scale_ptr, channel, PARAMS, GROUP, BLOCK)
+    zero_point = load_params(zero_point_ptr, channel, PARAMS, GROUP, BLOCK).to(tl.float32)
     factor, s, r = divisor(scale)
-    lo = to_block((-0.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
-    hi = to_block((qmax + 0.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
-    factor = to_block(factor, PARAMS, GROUP, BLOCK)
-    s = to_block(s, PARAMS, GROUP, BLOCK)
-    r = to_block(r, PARAMS, GROUP, BLOCK)
-    scale = to_block(scale, PARAMS, GROUP, BLOCK)
-    for i in tl.static_range(SEGMENTS):
-        base, local, mask = elements(start, n, segment, i, BLOCK)
-        x = tl.load(x_ptr + base + local, mask=mask, other=0.0).to(tl.float32)
-        code = round_half_even(quotient(x, factor, s, r, lo, hi))
-        tl.store(out_ptr + base + local, (code * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    lo = to_tile((-0.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
+    hi = to_tile((qmax + 0.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
+    factor = to_tile(factor, PARAMS, GROUP, BLOCK)
+    s = to_tile(s, PARAMS, GROUP, BLOCK)
+    r = to_tile(r, PARAMS, GROUP, BLOCK)
+    scale = to_tile(scale, PARAMS, GROUP, BLOCK)
+    offsets, mask = elements(start, n, segment, SEGMENTS, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    code = round_half_even(quotient(x, factor, s, r, lo, hi))
+    tl.store(out_ptr + offsets, (code * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -74,22 +73,21 @@ def fake_quantize_backward_kernel(
 ):
     start = first_element(WIDE, BLOCK)
     channel = channels_at(start, channels, inner, PARAMS, GROUP, BLOCK)
-    zero_point = tl.load(zero_point_ptr + channel).to(tl.float32)
-    factor, s, r = divisor(tl.load(scale_ptr + channel))
+    zero_point = load_params(zero_point_ptr, channel, PARAMS, GROUP, BLOCK).to(tl.float32)
+    factor, s, r = divisor(load_params(scale_ptr, channel, PARAMS, GROUP, BLOCK))
     # One more on each side is enough to tell what is outside.
-    lo = to_block((-1.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
-    hi = to_block((qmax + 1.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
-    factor = to_block(factor, PARAMS, GROUP, BLOCK)
-    s = to_block(s, PARAMS, GROUP, BLOCK)
-    r = to_block(r, PARAMS, GROUP, BLOCK)
-    zero_point = to_block(zero_point, PARAMS, GROUP, BLOCK)
-    for i in tl.static_range(SEGMENTS):
-        base, local, mask = elements(start, n, segment, i, BLOCK)
-        x = tl.load(x_ptr + base + local, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + base + local, mask=mask, other=0.0)
-        code = round_half_even(quotient(x, factor, s, r, lo, hi)) + zero_point
-        inside = (code >= 0.0) & (code <= qmax)
-        tl.store(out_ptr + base + local, tl.where(inside, grad, tl.zeros_like(grad)), mask=mask)
+    lo = to_tile((-1.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
+    hi = to_tile((qmax + 1.25 - zero_point) * s, PARAMS, GROUP, BLOCK)
+    factor = to_tile(factor, PARAMS, GROUP, BLOCK)
+    s = to_tile(s, PARAMS, GROUP, BLOCK)
+    r = to_tile(r, PARAMS, GROUP, BLOCK)
+    zero_point = to_tile(zero_point, PARAMS, GROUP, BLOCK)
+    offsets, mask = elements(start, n, segment, SEGMENTS, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    code = round_half_even(quotient(x, factor, s, r, lo, hi)) + zero_point
+    inside = (code >= 0.0) & (code <= qmax)
+    tl.store(out_ptr + offsets, tl.where(inside, grad, tl.zeros_like(grad)), mask=mask)
 
 
 def fake_quantize(
@@ -104,9 +102,7 @@ def fake_quantize(
         zero_point: int32 [channels].
     """
     grid, segment, options = plan(x, channels, inner)
-    fake_quantize_kernel[grid](
-        x, scale, zero_point, out, x.numel(), segment, channels, inner, 2**bits - 1, **options
-    )
+    fake_quantize_kernel[grid](x, scale, zero_point, out, x.numel(), segment, channels, inner, 2**bits - 1, **options)
 
 
 def fake_quantize_backward(

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from adadfq.kernels import configs
 
+#: The largest offset that 32 bits hold.
+LAST_INT32 = 2**31 - 1
 #: How parameters lie: one for the tensor, one a channel with rows of `inner`, or channels innermost.
 PER_TENSOR, PER_ROW, PER_COLUMN = 0, 1, 2
-_PER_TENSOR, _PER_COLUMN = tl.constexpr(PER_TENSOR), tl.constexpr(PER_COLUMN)
+_PER_TENSOR, _PER_ROW, _PER_COLUMN = tl.constexpr(PER_TENSOR), tl.constexpr(PER_ROW), tl.constexpr(PER_COLUMN)
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def first_element(WIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def channels_at(start, channels, inner, PARAMS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Channel numbers, in the shape that :func:`to_block` takes: one a group of elements, or all of a group's."""
+    """Channel numbers for :func:`load_params`: one a group of elements, or all of a group's."""
     if PARAMS == _PER_TENSOR:
         return 0
     elif PARAMS == _PER_COLUMN:
@@ -52,23 +54,34 @@ def channels_at(start, channels, inner, PARAMS: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def to_block(v, PARAMS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Parameters in the shape of :func:`channels_at`, for each of a program's BLOCK elements."""
-    if PARAMS == _PER_TENSOR or GROUP == 1:
-        return v
-    elif PARAMS == _PER_COLUMN:
-        return tl.reshape(v, [BLOCK])
-    else:
-        return tl.reshape(tl.broadcast_to(v[:, None], [BLOCK // GROUP, GROUP]), [BLOCK])
+def load_params(ptr, channel, PARAMS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Parameters of the channels of :func:`channels_at`; for :func:`to_tile`, once all has been derived from them."""
+    v = tl.load(ptr + channel)
+    if PARAMS == _PER_COLUMN:
+        v = tl.reshape(v, [BLOCK])[None, :]
+    return v
 
 
 @triton.jit
-def elements(start, n, segment, i, BLOCK: tl.constexpr):
-    """(offset of the program's first element in segment i, local offsets, which of them exist)."""
-    local = tl.arange(0, BLOCK)
-    before = i * segment
-    left = tl.minimum(segment, n - before) - start
-    return before + start, local, local < tl.maximum(tl.minimum(left, BLOCK), 0).to(tl.int32)
+def to_tile(v, PARAMS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """`v`, of :func:`load_params` or derived from that, so that it broadcasts over a tile of :func:`elements`."""
+    if PARAMS == _PER_ROW:
+        if GROUP > 1:
+            v = tl.reshape(tl.broadcast_to(v[:, None], [BLOCK // GROUP, GROUP]), [BLOCK])
+        v = v[None, :]
+    return v
+
+
+@triton.jit
+def elements(start, n, segment, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """(offsets [SEGMENTS, BLOCK] of the program's elements, which of them exist).
+
+    One tile of all segments, rather than a loop over them: a store may alias the next load, which would wait for it.
+    """
+    local = tl.arange(0, BLOCK)[None, :]
+    before = tl.arange(0, SEGMENTS)[:, None] * segment
+    left = tl.minimum(tl.minimum(segment, n - before) - start, BLOCK)
+    return before + start + local, local < tl.maximum(left, 0).to(tl.int32)
 
 
 def plan(x: Tensor, channels: int, inner: int) -> tuple[tuple[int], int, dict[str, Any]]:
@@ -92,7 +105,7 @@ def plan(x: Tensor, channels: int, inner: int) -> tuple[tuple[int], int, dict[st
         "GROUP": group,
         "SEGMENTS": segments,
         # The last program's places may pass the segment's end by less than a block.
-        "WIDE": segment + block > 2**31 - 1,
+        "WIDE": segment + block > LAST_INT32,
         "BLOCK": block,
         "num_warps": config.num_warps,
         "enable_fp_fusion": False,  # contraction would change the rounding

@@ -33,9 +33,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "triton" if triton.INTERPRETED else "cpu"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that serves CPU tensors, forced in turn. The native one must be there: it is never skipped."""
+    """The reference and a native backend for CPU tensors, forced in turn: Triton's where it interprets its kernels.
+
+    The native one must be there: it is never skipped.
+    """
     name = request.param
     assert dispatch.BACKENDS[name].why_unavailable() is None
     with adadfq.use_backend(name):

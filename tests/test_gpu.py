@@ -1,21 +1,33 @@
-"""What only a GPU can show; run by ``pytest -m gpu`` or benchmarks/gpu.sh, skipped elsewhere."""
+"""What only a GPU can show; run by ``pytest -m gpu`` or benchmarks/gpu.sh, skipped elsewhere.
+
+Every operator a GPU backend has is compared with the reference on the same device: bit for bit where nothing is summed
+and nothing is left to a transcendental function, else with the reference in float64.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+from operator_arguments import arguments, assert_right, call, flat, own, tensors
 from toy import toy_recipe, toy_teacher
 
 import adadfq
 from adadfq import functional as F
-from adadfq.ops import dispatch
+from adadfq.ops import dispatch, reference
+from adadfq.ops.schema import OPERATORS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-SHAPES = [(3, 5, 7, 9), (64, 64, 3, 3), (1, 1, 1, 1), (16, 64, 56, 56), (2, 0, 3, 3)]
+#: Odd sizes; a layer; channels of one element; rows of odd length; more channels than columns of a tile.
+SHAPES = [(3, 5, 7, 9), (16, 64, 56, 56), (1, 1, 1, 1), (32, 512, 7, 7), (5, 300, 1, 3), (2, 2048, 4, 4)]
+LOGITS = [(16, 10), (1024, 1000), (1, 2), (256, 100), (129, 3), (64, 1000)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -25,61 +37,173 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def _case(shape: tuple[int, ...], dtype: torch.dtype, axis: int | None, channels_last: bool):  # type: ignore[no-untyped-def]
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(shape, generator=generator, device="cuda").to(dtype)
-    if x.numel() > 3:
-        x.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    channels = 1 if axis is None else shape[axis]
-    scale = torch.rand(channels, generator=generator, device="cuda") * 0.3 + 0.05
-    zero_point = torch.randint(0, 16, (channels,), generator=generator, device="cuda")
-    return x, scale, zero_point
+def _serves(backend: str, op: str) -> None:
+    if op not in dispatch.BACKENDS[backend].KERNELS:
+        pytest.skip(f"{backend} has no {op}")
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Waiting for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("axis", [None, 0, 1])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_fake_quantize_equals_the_reference(
-    gpu_backend: str, shape: tuple[int, ...], dtype: torch.dtype, axis: int | None, channels_last: bool
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_kernel_equals_the_reference(
+    gpu_backend: str, op: str, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
 ) -> None:
-    x, scale, zero_point = _case(shape, dtype, axis, channels_last)
-    results = []
-    for backend in (gpu_backend, "reference"):
-        leaf = x.detach().requires_grad_()
-        with adadfq.use_backend(backend):
-            out = torch.ops.adadfq.fake_quantize(x, scale, zero_point.int(), 4, axis)
-            grad = torch.ops.adadfq.fake_quantize_backward(leaf.detach(), x, scale, zero_point.int(), 4, axis)
-        results.append((out, grad))
-    for got, want in zip(*results, strict=True):
-        assert got.stride() == want.stride()
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    _serves(gpu_backend, op)
+    args = arguments(op, shape, dtype, channels_last, "cuda", LOGITS[SHAPES.index(shape)])
+    kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
+    got = call(kernel, op, args)
+    assert_right(op, got, args)
+    with no_synchronisation():
+        again = call(kernel, op, args)
+    for one, other in zip(got, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_fake_quantize_in_a_graph(gpu_backend: str) -> None:
-    x, scale, zero_point = _case((16, 64, 56, 56), torch.float32, 1, False)
-    with adadfq.use_backend(gpu_backend):
-        expected = F.fake_quantize(x, scale, zero_point, 4, 1)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = F.fake_quantize(x, scale, zero_point, 4, 1)
-    for _ in range(2):
-        out.zero_()
+@pytest.mark.parametrize("op", ["fake_quantize", "fake_quantize_backward", "dynamic_fake_quantize", "bn_match_forward"])
+def test_kernel_passes_what_is_not_finite(gpu_backend: str, op: str) -> None:
+    _serves(gpu_backend, op)
+    args = arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda")
+    x = args[op.endswith("_backward")]
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    got = call(dispatch.BACKENDS[gpu_backend].KERNELS[op], op, args)[0]
+    torch.testing.assert_close(got, call(reference.KERNELS[op], op, args)[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_kernel_in_a_graph(gpu_backend: str, op: str) -> None:
+    """A captured launch computes from what its inputs hold when it is replayed, as an eager one would."""
+    _serves(gpu_backend, op)
+    kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
+    args = arguments(op, (16, 64, 56, 56), torch.float32, False, "cuda")
+    before = own(args)
+    call(kernel, op, args)
+    graph, inputs = torch.cuda.CUDAGraph(), own(args)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = flat(kernel(*inputs))
+    mutated = [inputs[i] for i in dispatch.MUTATES.get(op, ())]
+    for scale in (1.0, 0.5):
+        for a, b in zip(tensors(inputs), tensors(before), strict=True):
+            a.copy_(b * scale if a.is_floating_point() else b)
+        expected = call(kernel, op, inputs)
         graph.replay()
-        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        for got, want in zip(out + mutated, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["fake_quantize", "fake_quantize_backward"])
-def test_fake_quantize_opcheck(gpu_backend: str, name: str) -> None:
-    x, scale, zero_point = _case((3, 5, 7, 9), torch.float32, 1, False)
-    x = x.nan_to_num(0, 1, -1)
-    arguments = (x, scale, zero_point.int(), 4, 1)
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_opcheck(gpu_backend: str, op: str) -> None:
+    _serves(gpu_backend, op)
     with adadfq.use_backend(gpu_backend):
-        operator = getattr(torch.ops.adadfq, name).default
-        torch.library.opcheck(operator, (x, *arguments) if name.endswith("backward") else arguments)
+        operator = getattr(torch.ops.adadfq, op).default
+        torch.library.opcheck(operator, arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda"))
+
+
+@pytest.mark.parametrize("name", ["affine", "bn_match_forward", "losses", "weights"])
+def test_functions_compile_into_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    channel = [torch.rand(5, device="cuda") + 0.1 for _ in range(4)]
+    step = (torch.tensor(0.1, device="cuda"), torch.tensor(3, device="cuda"), 4)
+    other, labels = torch.randn(6, 20, device="cuda"), torch.arange(6, device="cuda")
+    settings = {"lambda_l": 0.3, "lambda_u": 0.6, "alpha_ds": 0.2, "alpha_as": 0.1, "beta": 0.7}
+    computed = {
+        "affine": lambda x: [F.affine_act_fake_quantize(x, channel[0], channel[1], x.sin(), "relu", step)],
+        "bn_match_forward": lambda x: list(F.bn_match_forward(x, *channel)),
+        "losses": lambda x: [
+            *F.margin_loss(x.flatten()[:120].view(6, 20), other, labels, **settings),
+            F.entropy_distillation(other, x.flatten()[:120].view(6, 20), 5.0),
+        ],
+        "weights": lambda x: F.foreach_dynamic_fake_quantize([x, x.flatten(1)], 4)[0],
+    }[name]
+    results = []
+    for function in (computed, torch.compile(computed, fullgraph=True, backend="aot_eager")):
+        x = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+        out = function(x)
+        sum((t * t).sum() for t in out if t.requires_grad).backward()
+        results.append([*(t.detach() for t in out), x.grad])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_kernel_runs_on_the_current_stream(gpu_backend: str, op: str) -> None:
+    """Work queued before on another stream, and slow, has happened when the kernel reads."""
+    _serves(gpu_backend, op)
+    kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
+    args = arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda")
+    expected = call(kernel, op, args)
+    inputs = own(args)
+    stale = [t.clone() for t in tensors(inputs)]
+    for t in tensors(inputs):
+        t.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for t, value in zip(tensors(inputs), stale, strict=True):
+            t.copy_(value)
+        got = flat(kernel(*inputs)) + [inputs[i] for i in dispatch.MUTATES.get(op, ())]
+    stream.synchronize()
+    for value, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_kernel_takes_no_memory_but_its_results(gpu_backend: str, op: str) -> None:
+    _serves(gpu_backend, op)
+    kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
+    args = own(arguments(op, (16, 64, 56, 56), torch.float32, False, "cuda"))
+    kernel(*args)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = kernel(*args)
+    held = torch.cuda.memory_allocated() - before
+    assert torch.cuda.max_memory_allocated() - before - held <= 2**20, "scratch for the stages' sums is small"
+    del results
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_kernel_on_a_device_that_is_not_current(gpu_backend: str, op: str) -> None:
+    _serves(gpu_backend, op)
+    args = arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_right(op, call(dispatch.BACKENDS[gpu_backend].KERNELS[op], op, args), args)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_more_than_two_to_the_31_elements(gpu_backend: str, channels_last: bool) -> None:
+    shape = (33, 64, 1024, 1024)  # 2.2e9 elements
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout).normal_()
+    scale, zero_point = torch.rand(64, device="cuda") + 0.05, torch.full((64,), 7, dtype=torch.int32, device="cuda")
+    kernels = dispatch.BACKENDS[gpu_backend].KERNELS
+    got = kernels["fake_quantize"](x, scale, zero_point, 4, 1)
+    for i in (0, 16, 31, 32):
+        assert torch.equal(got[i : i + 1], reference.fake_quantize(x[i : i + 1], scale, zero_point, 4, 1))
+    del got
+    if "bn_match" in kernels:
+        mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+        _, found, found_var = kernels["bn_match"](x, mean, var)
+        parts = [reference.bn_match(x[i : i + 1], mean, var) for i in range(shape[0])]
+        torch.testing.assert_close(found, torch.stack([p[1] for p in parts]).mean(0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found_var, torch.stack([p[2] for p in parts]).mean(0), rtol=1e-4, atol=0)
 
 
 def test_training_on_a_gpu_follows_the_cpu() -> None:

@@ -1,0 +1,98 @@
+"""Compiles what launchers launch, for GPUs that are not there.
+
+A driver that only names a target takes the place of Triton's, and every launch compiles (with the specialisation and
+the options it would have) instead of running. Tensors are CPU tensors; large ones cost address space, not memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Launch:
+    """One launch: the kernel, its grid and keyword arguments, and what was compiled."""
+
+    name: str
+    capability: int
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+    asm: dict[str, Any]
+
+    @property
+    def ptx(self) -> str:
+        return self.asm["ptx"]
+
+    def count(self, pattern: str) -> int:
+        """How many instructions of the PTX match."""
+        return len(re.findall(pattern, self.ptx))
+
+    def _cuobjdump(self, option: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.asm["cubin"])
+            file.flush()
+            command = [str(TOOLS / "cuobjdump"), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    @cached_property
+    def resources(self) -> dict[str, int]:
+        """REG, STACK, SHARED, LOCAL and so on: registers a thread, bytes of the rest."""
+        usage = next(line for line in self._cuobjdump("-res-usage").splitlines() if "REG:" in line)
+        return {name: int(value) for name, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", usage)}
+
+    @cached_property
+    def sass(self) -> list[str]:
+        """The machine's instructions, in order, without the padding at the end."""
+        found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);", self._cuobjdump("-sass"))
+        return [instruction for instruction in found if not instruction.startswith("NOP")]
+
+
+class _Driver:
+    """What the JIT asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(capability: int) -> Iterator[list[Launch]]:
+    """Inside the block launches compile for sm_`capability`, and are added to the list."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(Launch(self.fn.__name__, capability, tuple(grid), kwargs, kernel.asm))
+        return kernel
+
+    JITFunction.run = compile_only
+    before, driver._active = driver._active, _Driver(capability)
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        driver._active = before

@@ -1,0 +1,77 @@
+"""What the property tests leave out of the Triton kernels: every configuration, 64-bit addresses, repeated runs.
+
+Needs a process in which Triton interprets kernels; tests/test_triton.py starts one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from operator_arguments import arguments, assert_right, call
+
+from adadfq.errors import BackendError
+from adadfq.ops import dispatch, triton
+from adadfq.ops.schema import OPERATORS
+
+pytestmark = [
+    pytest.mark.skipif(not triton.INTERPRETED, reason="tests/test_triton.py runs these, with TRITON_INTERPRET=1"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Odd everything; 16-byte rows; 16-byte columns; many channels; one channel; more samples than segments.
+SHAPES = [(5, 3, 4, 7), (3, 4, 2, 16), (2, 24, 3, 3), (2, 200, 1, 1), (1, 1, 30, 50), (19, 8, 5, 1)]
+LOGITS = [(16, 10), (3, 1000), (1, 2), (40, 100), (129, 3), (2, 2500)]
+
+
+def _configurations() -> Iterator[tuple[str, int, int]]:
+    from adadfq.kernels.configs import CONFIGS
+
+    for family, found in CONFIGS.items():
+        # The last is smaller than any that is used, so that small tensors have many programs.
+        yield from ((family, *config) for config in (*found, (1, 1)))
+
+
+@pytest.fixture
+def configured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adadfq.kernels import configs
+
+    family, *config = request.param
+    monkeypatch.setitem(configs.CONFIGS, family, (configs.Config(*config),))
+
+
+@pytest.mark.parametrize("configured", list(_configurations()) if triton.INTERPRETED else [], indirect=True, ids=str)
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_every_configuration(configured: None, op: str) -> None:
+    for i, (shape, logits) in enumerate(zip(SHAPES, LOGITS, strict=True)):
+        args = arguments(op, shape, DTYPES[i % 3], i % 2 == 1, logits=logits)
+        assert_right(op, call(triton.KERNELS[op], op, args), args)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adadfq.kernels import segments, tiles
+
+    monkeypatch.setattr(segments, "LAST_INT32", 0)
+    monkeypatch.setattr(tiles, "LAST_INT32", 0)
+    for shape in SHAPES:
+        args = arguments(op, shape, torch.float32, channels_last)
+        assert_right(op, call(triton.KERNELS[op], op, args), args)
+
+
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_results_are_the_same_every_time(op: str) -> None:
+    args = arguments(op, (9, 16, 13, 11), torch.float32, logits=(64, 100))
+    first, second = (call(triton.KERNELS[op], op, args) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_it_serves_cpu_tensors_only_where_it_is_asked_for() -> None:
+    assert dispatch.select("fake_quantize", "cpu", torch.float32) == "cpu"
+    with dispatch.use_backend("triton"):
+        assert dispatch.select("fake_quantize", "cpu", torch.float32) == "triton"
+        with pytest.raises(BackendError, match="it serves cpu tensors, not cuda"):
+            dispatch.select("fake_quantize", "cuda", torch.float32)
