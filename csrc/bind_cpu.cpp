@@ -70,6 +70,15 @@ void affine_act_fake_quantize(Address x, Address scale, Address shift, Address r
       at_address(out), Layout{outer, channels, inner}, DType(dtype), threads);
 }
 
+void affine_act_quantize(Address x, Address scale, Address shift, Address residual, int act,
+                         Address act_scale, Address act_zero_point, int bits, Address codes,
+                         int64_t outer, int64_t channels, int64_t inner, int dtype, int threads) {
+  adadfq::affine_act_quantize(at_address(x), at_address<float>(scale), at_address<float>(shift),
+                              at_address(residual), adadfq::Act(act), at_address<float>(act_scale),
+                              at_address<int32_t>(act_zero_point), bits, at_address<uint8_t>(codes),
+                              Layout{outer, channels, inner}, DType(dtype), threads);
+}
+
 void affine_act_fake_quantize_backward(Address grad, Address x, Address scale, Address shift,
                                        Address residual, int act, Address grad_x,
                                        Address grad_residual, Address grad_scale,
@@ -141,6 +150,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("dynamic_fake_quantize", &dynamic_fake_quantize, nogil);
   m.def("observe_fake_quantize", &observe_fake_quantize, nogil);
   m.def("affine_act_fake_quantize", &affine_act_fake_quantize, nogil);
+  m.def("affine_act_quantize", &affine_act_quantize, nogil);
   m.def("affine_act_fake_quantize_backward", &affine_act_fake_quantize_backward, nogil);
   m.def("bn_match", &bn_match, nogil);
   m.def("bn_match_backward", &bn_match_backward, nogil);

@@ -3,6 +3,7 @@
 // Every buffer is its own allocation of exactly the size needed, between the sanitizer's guard
 // zones. Sizes are odd on purpose, and outputs start as a value no kernel writes. Build: see
 // tests/test_sanitize.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -204,6 +205,12 @@ void drive_affine(const Layout& layout, DType dtype, int threads) {
     affine_act_fake_quantize(x.data(), scale.floats(), shift.floats(), added, Act::kNone, nullptr,
                              nullptr, 4, again.data(), layout, dtype, threads);
     expect(again.written(), "affine without quantiser", layout, dtype);
+    std::vector<uint8_t> codes(layout.elements(), 255);
+    affine_act_quantize(x.data(), scale.floats(), shift.floats(), added, Act::kRelu,
+                        act_scale.floats(), act_zero_point.get(), 4, codes.data(), layout, dtype,
+                        threads);
+    expect(std::all_of(codes.begin(), codes.end(), [](uint8_t code) { return code < 16; }),
+           "affine's codes", layout, dtype);
     affine_act_fake_quantize_backward(grad.data(), x.data(), scale.floats(), shift.floats(), added,
                                       Act::kNone, again.data(), nullptr, nullptr, nullptr, layout,
                                       dtype, threads);

@@ -47,6 +47,7 @@ def arguments(
         "foreach_dynamic_fake_quantize": ([x, grad[:1], residual.flatten(1)], [4, 2, 8], 0),
         "observe_fake_quantize": (x, *state, 4, 0.9),
         "affine_act_fake_quantize": (x, slope, mean, residual, "relu6", step, zero, 4),
+        "affine_act_quantize": (x, slope, mean, residual, "relu", step, zero, 4),
         "affine_act_fake_quantize_backward": (grad, x, slope, mean, residual, "relu6", True, True),
         "bn_match": (x, mean, var),
         "bn_match_backward": (grad_loss, x, mean.double(), var.double() + 1, mean, var),

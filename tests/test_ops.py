@@ -444,6 +444,21 @@ def test_affine_lets_nan_through_its_quantiser(backend: str, act: str) -> None:
     assert torch.equal(y.isnan(), x.isnan() | residual.isnan())
 
 
+def test_codes_are_those_of_the_fake_quantised_value(backend: str) -> None:
+    x = _randn(2, 3, 4, 5) * 4
+    x[0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    scale, shift = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.0, 1.0, -1.0])
+    step, zero_point = torch.tensor(0.3), torch.tensor(5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=layout).requires_grad_()
+        codes = F.affine_act_quantize(x, scale, shift, x * 0.5, "none", (step, zero_point, 4))
+        assert codes.dtype == torch.uint8 and codes.stride() == x.stride() and not codes.requires_grad
+        want = F.affine_act_fake_quantize(x, scale, shift, x * 0.5, "none", (step, zero_point, 4)).detach()
+        assert codes[0, 0, 0, :3].tolist() == [0, 15, 0]
+        decoded = (codes.float() - zero_point) * step
+        assert torch.equal(decoded[~want.isnan()], want[~want.isnan()])
+
+
 def test_quantizer_holds_zero_and_the_ends_of_its_range(backend: str) -> None:
     x = torch.tensor([[0.0, 0.3, 1.0], [-1.0, -0.2, 0.0], [-0.5, 0.0, 1.0], [2.0, 3.0, 4.0], [0.0, 0.0, 0.0]])
     x_hat, scale, zero_point = F.dynamic_fake_quantize(x, 4)
@@ -694,6 +709,7 @@ def _op_arguments() -> dict[str, tuple[object, ...]]:
         "foreach_dynamic_fake_quantize": ([x, grad, _randn(3, 7)], [4, 2, 8], 1),
         "observe_fake_quantize": (x, *_range_state(), 4, 0.9),
         "affine_act_fake_quantize": (x, scale, mean, grad, "relu", *act_quantizer, 4),
+        "affine_act_quantize": (x, scale, mean, grad, "relu6", *act_quantizer, 4),
         "affine_act_fake_quantize_backward": (grad, x, scale, mean, grad, "relu6", True, True),
         "bn_match": (x, mean, var),
         "bn_match_backward": (torch.tensor(1.0), x, mean.double(), var.double(), mean, var),
@@ -733,6 +749,7 @@ def test_opcheck(backend: str, name: str, channels_last: bool) -> None:
     [
         ("affine_act_fake_quantize", {3: None}),
         ("affine_act_fake_quantize", {5: None, 6: None}),
+        ("affine_act_quantize", {3: None}),
         ("affine_act_fake_quantize_backward", {4: None, 6: False}),
         ("affine_act_fake_quantize_backward", {7: False}),
         ("bn_match_forward", {3: None, 4: None}),
@@ -869,6 +886,7 @@ def test_state_given_to_a_compiled_function_moves(backend: str) -> None:
             "act must be one of none, relu, relu6, got 'gelu'",
             lambda x: F.affine_act_fake_quantize(x, x[0], x[0], act="gelu"),
         ),
+        ("without a quantiser there are no codes", lambda x: F.affine_act_quantize(x, x[0], x[0])),
         ("x must have at least the dimensions", lambda x: F.affine_act_fake_quantize(x[0], x[0], x[0])),
         (r"scale must have shape \[3\]", lambda x: F.affine_act_fake_quantize(x, x[0, :2], x[0])),
         (r"shift must have shape \[3\]", lambda x: F.affine_act_fake_quantize(x, x[0], x)),

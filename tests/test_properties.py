@@ -453,6 +453,15 @@ def test_affine_act_fake_quantize(data: st.DataObject) -> None:
     for _, f in for_dtype("affine_act_fake_quantize", dtype)[1:]:
         assert_same_bits(f(*arguments, step, zero_point, bits), want)
 
+    if step is not None:
+        codes = reference.affine_act_quantize(*arguments, step, zero_point, bits)
+        assert codes.dtype == torch.uint8 and not codes[true.isnan() & tame].any()
+        decoded = torch.empty_like(want).copy_((codes.to(compute) - zero_point) * step)
+        held = ~want.isnan()
+        assert torch.equal(decoded[held], want[held])
+        for _, f in for_dtype("affine_act_quantize", dtype)[1:]:
+            assert_same_bits(f(*arguments, step, zero_point, bits), codes)
+
     grad = data.draw(recipes(shape, dtype, st.sampled_from(["normal", "normal", "special"]))).make(1)
     need_residual, need_params = data.draw(st.booleans()), data.draw(st.booleans())
     kinks = {"none": [], "relu": [0.0], "relu6": [0.0, 6.0]}[act]

@@ -6,7 +6,7 @@ for the device, and all can be compiled with ``fullgraph=True`` (there no tensor
 Gradients are first order only; ``create_graph=True`` is refused where a second derivative would be wrong.
 """
 
-from adadfq.functional.affine import affine_act_fake_quantize
+from adadfq.functional.affine import affine_act_fake_quantize, affine_act_quantize
 from adadfq.functional.batch_norm import bn_match, bn_match_forward
 from adadfq.functional.logit_losses import MarginLoss, entropy_distillation, margin_loss
 from adadfq.functional.quantizers import (
@@ -20,6 +20,7 @@ from adadfq.functional.quantizers import (
 __all__ = [
     "MarginLoss",
     "affine_act_fake_quantize",
+    "affine_act_quantize",
     "bn_match",
     "bn_match_forward",
     "dynamic_fake_quantize",

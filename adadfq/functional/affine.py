@@ -14,7 +14,7 @@ from adadfq.ops import reference
 from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
-__all__ = ["affine_act_fake_quantize"]
+__all__ = ["affine_act_fake_quantize", "affine_act_quantize"]
 
 
 class _AffineActFakeQuantize(torch.autograd.Function):
@@ -93,6 +93,50 @@ def affine_act_fake_quantize(
     Raises:
         InvalidInputError: a shape, a dtype, a device, `act` or the width does not fit.
     """
+    arguments = _checked(x, scale, shift, residual, act, qparams)
+    if not needs_gradient(x, scale, shift, residual):
+        return run("affine_act_fake_quantize", *arguments)
+    return _AffineActFakeQuantize.apply(*arguments)
+
+
+def affine_act_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    act: str = "none",
+    qparams: tuple[Tensor, Tensor, int] | None = None,
+) -> Tensor:
+    """The codes of :func:`affine_act_fake_quantize`, whose result is (codes - zero_point) * scale, in one pass.
+
+    What integer inference stores between layers: one byte an element. Codes have no gradient. NaN, which an integer
+    cannot hold, has code 0.
+
+    Args:
+        x, scale, shift, residual, act: as in :func:`affine_act_fake_quantize`.
+        qparams: (scale, zero_point, bits) of the quantiser, one element each and a width in 2..8; it must be given.
+
+    Returns:
+        uint8 tensor with the shape of `x` and values in 0..2^bits - 1.
+
+    Raises:
+        InvalidInputError: as :func:`affine_act_fake_quantize`, or `qparams` is None.
+    """
+    if qparams is None:
+        raise InvalidInputError("qparams must be (scale, zero_point, bits): without a quantiser there are no codes")
+    with torch.no_grad():
+        return run("affine_act_quantize", *_checked(x, scale, shift, residual, act, qparams))
+
+
+def _checked(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    qparams: tuple[Tensor, Tensor, int] | None,
+) -> tuple[Any, ...]:
+    """The operators' arguments, after every check."""
     checks.check_floating("x", x)
     if x.dim() < 2:
         raise InvalidInputError(f"x must have at least the dimensions [N, C], got shape {list(x.shape)}")
@@ -117,7 +161,4 @@ def affine_act_fake_quantize(
         act_scale, act_zero_point = checks.check_quantizer(act_scale, act_zero_point, None, x, dtype)
     if scale.dtype is not dtype or shift.dtype is not dtype:
         scale, shift = scale.to(dtype), shift.to(dtype)
-    arguments = (x, scale, shift, residual, act, act_scale, act_zero_point, bits)
-    if not needs_gradient(x, scale, shift, residual):
-        return run("affine_act_fake_quantize", *arguments)
-    return _AffineActFakeQuantize.apply(*arguments)
+    return x, scale, shift, residual, act, act_scale, act_zero_point, bits

@@ -161,9 +161,38 @@ def affine_act_fake_quantize(
     bits: int,
 ) -> Tensor:
     """See :func:`adadfq.ops.reference.affine_act_fake_quantize`; equal to it bit for bit."""
-    op = "affine_act_fake_quantize"
-    native_args.check_bits(op, bits)
     out = torch.empty_like(x)
+    return _affine_act("affine_act_fake_quantize", out, x, scale, shift, residual, act, act_scale, act_zero_point, bits)
+
+
+def affine_act_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bits: int,
+) -> Tensor:
+    """See :func:`adadfq.ops.reference.affine_act_quantize`; equal to it."""
+    out = torch.empty_like(x, dtype=torch.uint8)
+    return _affine_act("affine_act_quantize", out, x, scale, shift, residual, act, act_scale, act_zero_point, bits)
+
+
+def _affine_act(
+    op: str,
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bits: int,
+) -> Tensor:
+    native_args.check_bits(op, bits)
     act_number = reference.act_number(act)
     if x.numel() == 0:
         return out
@@ -467,6 +496,7 @@ KERNELS = {
     "foreach_dynamic_fake_quantize": foreach_dynamic_fake_quantize,
     "observe_fake_quantize": observe_fake_quantize,
     "affine_act_fake_quantize": affine_act_fake_quantize,
+    "affine_act_quantize": affine_act_quantize,
     "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,

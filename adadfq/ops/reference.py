@@ -177,6 +177,14 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) ->
     return u if residual is None else u + _compute(residual)
 
 
+def _activation(u: Tensor, act: str) -> Tensor:
+    act_number(act)
+    # Comparisons rather than clamp: NaN and -0 come out alike on every device.
+    if act != "none":
+        u = torch.where(u < 0, 0, u)
+    return torch.where(u > 6, 6, u) if act == "relu6" else u
+
+
 def affine_act_fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -188,16 +196,28 @@ def affine_act_fake_quantize(
     bits: int,
 ) -> Tensor:
     """fake_quantize(act(x * scale_c + shift_c + residual)), without quantisation where `act_scale` is None."""
-    act_number(act)
-    u = _affine(x, scale, shift, residual)
-    # Comparisons rather than clamp: NaN and -0 come out alike on every device.
-    if act != "none":
-        u = torch.where(u < 0, 0, u)
-    if act == "relu6":
-        u = torch.where(u > 6, 6, u)
+    u = _activation(_affine(x, scale, shift, residual), act)
     if is_quantised(act_scale, act_zero_point):
         u = fake_quantize(u, act_scale, act_zero_point, bits)
     return torch.empty_like(x).copy_(u)
+
+
+def affine_act_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bits: int,
+) -> Tensor:
+    """Codes (uint8) of :func:`affine_act_fake_quantize`: round(act(u) / scale) + zero_point in 0..2^bits - 1."""
+    u = _activation(_affine(x, scale, shift, residual), act)
+    code = (torch.round(u / act_scale.reshape(())) + act_zero_point.reshape(())).clamp(0, 2**bits - 1)
+    # An integer cannot hold NaN.
+    out = torch.empty_like(x, dtype=torch.uint8)
+    return out.copy_(torch.where(code.isnan(), 0, code))
 
 
 def affine_act_fake_quantize_backward(
@@ -406,6 +426,7 @@ KERNELS = {
     "foreach_dynamic_fake_quantize": foreach_dynamic_fake_quantize,
     "observe_fake_quantize": observe_fake_quantize,
     "affine_act_fake_quantize": affine_act_fake_quantize,
+    "affine_act_quantize": affine_act_quantize,
     "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,

@@ -86,6 +86,19 @@ def _affine_act_fake_quantize(
     return torch.empty_like(x)
 
 
+def _affine_act_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bits: int,
+) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
 def _affine_act_fake_quantize_backward(
     grad: Tensor,
     x: Tensor,
@@ -193,6 +206,11 @@ OPERATORS = {
         "(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, Tensor? act_scale, "
         "Tensor? act_zero_point, int bits) -> Tensor",
         _affine_act_fake_quantize,
+    ),
+    "affine_act_quantize": (
+        "(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, Tensor act_scale, Tensor act_zero_point, "
+        "int bits) -> Tensor",
+        _affine_act_quantize,
     ),
     "affine_act_fake_quantize_backward": (
         "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, bool need_residual, "

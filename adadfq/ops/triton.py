@@ -186,8 +186,38 @@ def affine_act_fake_quantize(
 ) -> Tensor:
     """See :func:`adadfq.ops.reference.affine_act_fake_quantize`; equal to it bit for bit."""
     op = "affine_act_fake_quantize"
+    return _affine_act(op, x, scale, shift, residual, act, act_scale, act_zero_point, bits, x.dtype)
+
+
+def affine_act_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bits: int,
+) -> Tensor:
+    """See :func:`adadfq.ops.reference.affine_act_quantize`; equal to it."""
+    op = "affine_act_quantize"
+    return _affine_act(op, x, scale, shift, residual, act, act_scale, act_zero_point, bits, torch.uint8)
+
+
+def _affine_act(
+    op: str,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
     native_args.check_bits(op, bits)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=out_dtype)
     act_number = reference.act_number(act)
     if x.numel() == 0:
         return out
@@ -201,7 +231,7 @@ def affine_act_fake_quantize(
         act_scale = native_args.scalar(op, "act_scale", act_scale, torch.float32, x.device)
         act_zero_point = native_args.scalar(op, "act_zero_point", act_zero_point, torch.int32, x.device)
     with _on(x):
-        _kernels(op).affine_act_fake_quantize(
+        _kernels("affine_act_fake_quantize").affine_act_fake_quantize(
             x, scale, shift, residual, act_number, act_scale, act_zero_point, out, layout.channels, layout.inner, bits
         )
     return out
@@ -401,6 +431,7 @@ KERNELS = {
     "foreach_dynamic_fake_quantize": foreach_dynamic_fake_quantize,
     "observe_fake_quantize": observe_fake_quantize,
     "affine_act_fake_quantize": affine_act_fake_quantize,
+    "affine_act_quantize": affine_act_quantize,
     "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,

@@ -9,14 +9,15 @@
 // The backward computes u again instead of reading a mask. Sums are in float over a piece or a tile
 // that fits the cache, in double beyond (channel_sums.h).
 //
-// Bytes an element, float32: 8 forward, 12 with a residual; backward 12 (grad, x, grad_x), 20 with
-// a residual and its gradient. 16-bit types half of that.
+// Bytes an element, float32: 8 forward, 12 with a residual, 5 and 9 where codes are stored;
+// backward 12 (grad, x, grad_x), 20 with a residual and its gradient. 16-bit types half of that.
 //
 // Test: python -m pytest tests/test_native_cpu.py -k affine
 // Time: python -m benchmarks ops --ops affine_act_fake_quantize
 #include "affine_act_fake_quantize.h"
 
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../common/quantizer.h"
@@ -53,23 +54,33 @@ Flat flat_of(Act act) {
   return {act == Act::kNone ? kNaN : 0.0f, act == Act::kRelu6 ? 6.0f : kNaN};
 }
 
-template <bool kResidual, bool kQuantise, typename T, typename Params>
+// What is stored for act(u): x_hat, or its code as uint8_t, which cannot hold NaN.
+template <bool kQuantise, typename Out>
+ADADFQ_INLINE Out finish(float u, const Tail& t) {
+  if constexpr (std::is_same_v<Out, uint8_t>) {
+    const float code = round_half_even(clamp_keep_nan(u / t.scale, t.code_lo, t.code_hi));
+    return static_cast<uint8_t>(static_cast<int32_t>(code == code ? code - t.code_lo : 0.0f));
+  } else {
+    if (kQuantise) u = fake_quantize_value(u, t.scale, t.code_lo, t.code_hi);
+    return from_float<Out>(u);
+  }
+}
+
+template <bool kResidual, bool kQuantise, typename T, typename Out, typename Params>
 ADADFQ_INLINE void apply(const T* ADADFQ_RESTRICT x, const T* ADADFQ_RESTRICT residual,
-                         T* ADADFQ_RESTRICT out, int64_t n, Params scale, Params shift,
+                         Out* ADADFQ_RESTRICT out, int64_t n, Params scale, Params shift,
                          const Tail& tail) {
   const Tail t = tail;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     float u = to_float(x[i]) * at(scale, i) + at(shift, i);
     if (kResidual) u += to_float(residual[i]);
-    u = clamp_keep_nan(u, t.act_lo, t.act_hi);
-    if (kQuantise) u = fake_quantize_value(u, t.scale, t.code_lo, t.code_hi);
-    out[i] = from_float<T>(u);
+    out[i] = finish<kQuantise, Out>(clamp_keep_nan(u, t.act_lo, t.act_hi), t);
   }
 }
 
-template <typename T, typename Params>
-ADADFQ_INLINE void apply_any(const T* x, const T* residual, T* out, int64_t n, Params scale,
+template <typename T, typename Out, typename Params>
+ADADFQ_INLINE void apply_any(const T* x, const T* residual, Out* out, int64_t n, Params scale,
                              Params shift, const Tail& tail, bool quantise) {
   if (residual && quantise) {
     apply<true, true>(x, residual, out, n, scale, shift, tail);
@@ -211,16 +222,20 @@ ADADFQ_INLINE void gradients_any(const ChannelWalk& walk, const Gradients<T>& g,
 
 }  // namespace
 
+#define ADADFQ_DEFINE_APPLY(T, Out)                                                             \
+  ADADFQ_CLONES void apply_row(const T* x, const T* residual, Out* out, int64_t n, float scale, \
+                               float shift, const Tail& tail, bool quantise) {                  \
+    apply_any(x, residual, out, n, scale, shift, tail, quantise);                               \
+  }                                                                                             \
+  ADADFQ_CLONES void apply_pattern(const T* x, const T* residual, Out* out, int64_t n,          \
+                                   const float* scale, const float* shift, const Tail& tail,    \
+                                   bool quantise) {                                             \
+    apply_any(x, residual, out, n, scale, shift, tail, quantise);                               \
+  }
+
 #define ADADFQ_DEFINE(T)                                                                      \
-  ADADFQ_CLONES void apply_row(const T* x, const T* residual, T* out, int64_t n, float scale, \
-                               float shift, const Tail& tail, bool quantise) {                \
-    apply_any(x, residual, out, n, scale, shift, tail, quantise);                             \
-  }                                                                                           \
-  ADADFQ_CLONES void apply_pattern(const T* x, const T* residual, T* out, int64_t n,          \
-                                   const float* scale, const float* shift, const Tail& tail,  \
-                                   bool quantise) {                                           \
-    apply_any(x, residual, out, n, scale, shift, tail, quantise);                             \
-  }                                                                                           \
+  ADADFQ_DEFINE_APPLY(T, T)                                                                   \
+  ADADFQ_DEFINE_APPLY(T, uint8_t)                                                             \
   ADADFQ_CLONES void gradients_chunk(const ChannelWalk& walk, const Gradients<T>& g,          \
                                      int64_t first, int64_t last, double* sum_x, double* sum, \
                                      float* scratch) {                                        \
@@ -236,31 +251,51 @@ ADADFQ_DEFINE(BFloat16)
 ADADFQ_DEFINE(Float16)
 
 #undef ADADFQ_DEFINE
+#undef ADADFQ_DEFINE_APPLY
+
+namespace {
+
+template <typename T, typename Out>
+void apply_all(const T* x, const float* scale, const float* shift, const T* residual,
+               const Tail& tail, bool quantise, Out* out, const Layout& layout, int threads) {
+  ChannelParams<2> params(0);
+  params.each[0].assign(scale, scale + layout.channels);
+  params.each[1].assign(shift, shift + layout.channels);
+  prefer_huge_pages(out, layout.elements() * sizeof(Out));
+  for_each_segment(
+      layout, params, threads,
+      [&](int64_t i, int64_t n, const auto& p) {
+        apply_row(x + i, residual ? residual + i : nullptr, out + i, n, p[0], p[1], tail, quantise);
+      },
+      [&](int64_t i, int64_t n, const auto& p) {
+        apply_pattern(x + i, residual ? residual + i : nullptr, out + i, n, p[0], p[1], tail,
+                      quantise);
+      });
+}
+
+}  // namespace
 
 void affine_act_fake_quantize(const void* x, const float* scale, const float* shift,
                               const void* residual, Act act, const float* act_scale,
                               const int32_t* act_zero_point, int bits, void* out,
                               const Layout& layout, DType dtype, int threads) {
-  ChannelParams<2> params(0);
-  params.each[0].assign(scale, scale + layout.channels);
-  params.each[1].assign(shift, shift + layout.channels);
   const Tail tail = tail_of(act, act_scale, act_zero_point, bits);
-  const bool quantise = act_scale != nullptr;
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const T* from = static_cast<const T*>(x);
-    const T* added = static_cast<const T*>(residual);
-    T* to = static_cast<T*>(out);
-    prefer_huge_pages(out, layout.elements() * sizeof(T));
-    for_each_segment(
-        layout, params, threads,
-        [&](int64_t i, int64_t n, const auto& p) {
-          apply_row(from + i, added ? added + i : nullptr, to + i, n, p[0], p[1], tail, quantise);
-        },
-        [&](int64_t i, int64_t n, const auto& p) {
-          apply_pattern(from + i, added ? added + i : nullptr, to + i, n, p[0], p[1], tail,
-                        quantise);
-        });
+    apply_all(static_cast<const T*>(x), scale, shift, static_cast<const T*>(residual), tail,
+              act_scale != nullptr, static_cast<T*>(out), layout, threads);
+  });
+}
+
+void affine_act_quantize(const void* x, const float* scale, const float* shift,
+                         const void* residual, Act act, const float* act_scale,
+                         const int32_t* act_zero_point, int bits, uint8_t* codes,
+                         const Layout& layout, DType dtype, int threads) {
+  const Tail tail = tail_of(act, act_scale, act_zero_point, bits);
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    apply_all(static_cast<const T*>(x), scale, shift, static_cast<const T*>(residual), tail, true,
+              codes, layout, threads);
   });
 }
 

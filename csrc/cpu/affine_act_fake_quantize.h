@@ -20,6 +20,12 @@ void affine_act_fake_quantize(const void* x, const float* scale, const float* sh
                               const int32_t* act_zero_point, int bits, void* out,
                               const Layout& layout, DType dtype, int threads);
 
+// The codes of that, 0..2^bits - 1, instead; act_scale and act_zero_point are there.
+void affine_act_quantize(const void* x, const float* scale, const float* shift,
+                         const void* residual, Act act, const float* act_scale,
+                         const int32_t* act_zero_point, int bits, uint8_t* codes,
+                         const Layout& layout, DType dtype, int threads);
+
 // grad, x, residual (null: none), grad_x, grad_residual (null: not wanted): layout.elements()
 // values of `dtype`. scale, shift, grad_scale and grad_shift (both null: not wanted):
 // layout.channels values.

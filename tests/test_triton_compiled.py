@@ -1,0 +1,129 @@
+"""Every Triton kernel in every configuration, compiled for GPUs that are not there, and its instructions looked at."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+from operator_arguments import arguments
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from adadfq.kernels import configs
+from adadfq.ops import triton
+from adadfq.ops.schema import OPERATORS
+from benchmarks.compiled import Launch, compiling_for
+
+pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels are not compiled")
+
+#: 16-byte rows and columns; rows of 7 elements.
+ALIGNED, ODD = (8, 32, 4, 8), (8, 3, 1, 7)
+#: Operator -> kernel that does the work, and how many main tensors that reads and writes.
+MAIN = {
+    "fake_quantize": ("fake_quantize_kernel", 1, 1),
+    "fake_quantize_": ("fake_quantize_kernel", 1, 1),
+    "fake_quantize_backward": ("fake_quantize_backward_kernel", 2, 1),
+    "observe_fake_quantize": ("fake_quantize_kernel", 1, 1),
+    "dynamic_fake_quantize": ("fake_quantize_kernel", 1, 1),
+    "affine_act_fake_quantize": ("affine_act_fake_quantize_kernel", 2, 1),
+    "affine_act_fake_quantize_backward": ("affine_act_fake_quantize_backward_kernel", 3, 2),
+    "bn_match": ("bn_match_kernel", 1, 0),
+    "bn_match_backward": ("bn_match_backward_kernel", 1, 1),
+    "bn_match_forward": ("bn_match_kernel", 1, 1),
+    "bn_match_forward_backward": ("bn_match_backward_kernel", 2, 1),
+}
+#: Approximate or flushing float32 instructions, and sums whose order is the hardware's.
+INEXACT = r"(div\.full|div\.approx|sqrt\.approx|rcp\.approx)\S*\.f32|\.ftz\.f32|\bred\.|atom\S*\.add\.f"
+FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend takes CPU tensors and asks for no GPU."""
+    monkeypatch.setattr(triton, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(triton, "_kernels", lambda family: importlib.import_module(f"adadfq.kernels.{family}"))
+
+
+def _compile(op: str, capability: int, *args: object, **kwargs: object) -> list[Launch]:
+    with compiling_for(capability) as launches:
+        triton.KERNELS[op](*arguments(op, *args, **kwargs))  # type: ignore[arg-type]
+    assert launches
+    return launches
+
+
+def _check(launch: Launch) -> None:
+    """Nothing spills, and nothing is less exact than it looks."""
+    assert launch.resources["STACK"] == launch.resources["LOCAL"] == 0, (launch.name, launch.resources)
+    # Contraction of a multiplication and an addition would round once.
+    assert launch.options["enable_fp_fusion"] is False, launch.name
+    found = re.search(INEXACT, launch.ptx)
+    assert found is None, (launch.name, found)
+
+
+def _check_vectors(launch: Launch, dtype: torch.dtype, reads: int, writes: int) -> None:
+    """Main tensors are read and written 16 bytes at a time, and rounded to nearest even."""
+    loads, stores = launch.count(r"ld\.global\S*\.v4\.b32"), launch.count(r"st\.global\S*\.v4\.b32")
+    assert loads >= reads and stores >= writes, (launch.name, loads, stores)
+    if dtype != torch.float32:
+        assert not launch.count(r"(ld|st)\.global\S*\.b16"), launch.name
+        if writes and launch.name != "fake_quantize_backward_kernel":  # that one moves the gradient's bits
+            assert launch.count(rf"cvt\.rn\.{FLOATS[dtype]}"), launch.name
+
+
+def _configurations() -> Iterator[tuple[str, configs.Config]]:
+    for family, found in configs.CONFIGS.items():
+        yield from ((family, config) for config in found)
+
+
+FAMILY = {
+    "elementwise": ["fake_quantize", "fake_quantize_backward", "observe_fake_quantize", "affine_act_fake_quantize"]
+    + ["affine_act_quantize"],
+    "channel_tiles": [op for op in OPERATORS if op.startswith("bn_match") or op.endswith("quantize_backward")],
+    "rows": ["foreach_dynamic_fake_quantize", "dynamic_fake_quantize"],
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("family,config", list(_configurations()), ids=str)
+def test_every_configuration_compiles(
+    capability: int, family: str, config: configs.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(configs.CONFIGS, family, (config,))
+    for op in FAMILY[family]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for launch in _compile(op, capability, ALIGNED, dtype):
+                _check(launch)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd"])
+@pytest.mark.parametrize("dtype", list(FLOATS), ids=str)
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_every_layout_compiles(op: str, dtype: torch.dtype, layout: str) -> None:
+    for launch in _compile(op, 90, ODD if layout == "odd" else ALIGNED, dtype, layout == "channels_last"):
+        _check(launch)
+        main, reads, writes = MAIN.get(op, (None, 0, 0))
+        if launch.name == main and layout != "odd":
+            _check_vectors(launch, dtype, reads, writes)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("logits", [(16, 10), (256, 10), (16, 1000), (1024, 1000), (4, 21841)], ids=str)
+@pytest.mark.parametrize("op", ["margin_loss", "entropy_distillation"])
+def test_losses_compile(op: str, logits: tuple[int, int], capability: int) -> None:
+    for launch in _compile(op, capability, ALIGNED, torch.float32, logits=logits):
+        _check(launch)
+
+
+def test_quotients_are_corrected_twice() -> None:
+    """One reciprocal a parameter and four fused multiply-adds an element: see kernels/arithmetic.py."""
+    (launch,) = _compile("fake_quantize", 90, ALIGNED, torch.float32)
+    elements = launch.options["SEGMENTS"] * launch.options["BLOCK"] // (launch.options["num_warps"] * 32)
+    assert launch.count(r"fma\.rn\.f32") == 4 * elements
+    # Rounding half to even: 1.5 * 2^23 goes on and comes off again.
+    added = launch.count(r"add(\.rn)?\.f32[^;]*0f4B400000")
+    taken = len(re.findall(r"add(\.rn)?\.f32[^;]*0fCB400000|sub(\.rn)?\.f32[^;]*0f4B400000", launch.ptx))
+    assert added == taken == elements
+    assert 1 <= launch.count(r"div\.rn\.f32") <= elements
