@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: ops, step, compare, judge, plot, readme, list."""
+"""``python -m benchmarks``: ops, step, predict, compare, judge, plot, readme, list."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _timing = _options(
 )
 _dry_run = click.option("--dry-run", is_flag=True, hidden=True, help="Only look whether the other options fit.")
 _selection = _options(
-    click.option("--suite", default="quick", show_default=True, metavar="quick|judged|full", help="Which cases."),
+    click.option("--suite", default="quick", show_default=True, metavar="quick|judged|gpu|full", help="Which cases."),
     click.option("--ops", default="", callback=_words, metavar="OP,...", help="Only these operators."),
     click.option("--filter", "filters", multiple=True, metavar="TEXT", help="Only names that hold or match it."),
     click.option(
@@ -228,6 +228,35 @@ def step(
     if json_path is not None:
         store.write(json_path, content)
     _exit_if_wrong(content["rows"])
+
+
+@main.command()
+@_json
+@click.option("--gpu", "gpu_name", default="h200", show_default=True, help="Whose bandwidth and clocks.")
+@click.option("--filter", "filters", multiple=True, metavar="TEXT", help="Only names that hold or match it.")
+def predict(json_path: Path | None, gpu_name: str, filters: tuple[str, ...]) -> None:
+    """Estimate, without a GPU, how long the Triton kernels take on one, from their machine code."""
+    from adadfq.errors import InvalidInputError
+    from benchmarks import store
+    from benchmarks.cases import matches
+    from benchmarks.environment import describe, pick_device
+    from benchmarks.predict import GPUS, chosen
+    from benchmarks.predict import predict as predict_case
+    from benchmarks.report import predictions_text
+
+    if gpu_name not in GPUS:
+        raise InvalidInputError(f"gpu must be one of {', '.join(GPUS)}, got {gpu_name!r}")
+    cases = [case for case in chosen() if all(matches(case.name, text) for text in filters)]
+    if not cases:
+        raise InvalidInputError(f"no predicted case fits the filters {list(filters)}")
+    options = {"gpu": gpu_name, "filters": list(filters)}
+    content = store.document("predictions", describe(pick_device("cpu", 1)), options)
+    if json_path is not None:
+        store.write(json_path, content)  # a path that cannot be written is found now
+    content["rows"] = [predict_case(case, GPUS[gpu_name]) for case in cases]
+    click.echo(predictions_text(content["rows"]))
+    if json_path is not None:
+        store.write(json_path, content)
 
 
 _file = click.Path(path_type=Path, dir_okay=False)

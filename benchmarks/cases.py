@@ -22,9 +22,10 @@ BATCHES = (16, 128)
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "channels_last")
 PASSES = ("forward", "backward", "both")
-SUITES = ("quick", "judged", "full")
+SUITES = ("quick", "judged", "gpu", "full")
 #: Batch x classes of the losses on logits.
-LOGITS = ((16, 10), (16, 100), (16, 1000), (64, 100), (128, 10), (128, 1000), (256, 10), (256, 1000))
+LOGITS = ((16, 10), (16, 100), (16, 1000), (64, 100), (128, 10), (128, 1000), (256, 10), (256, 1000), (1024, 1000))
+LOGIT_LOSSES = ("margin_loss", "entropy_distillation")
 #: Name of the shape on which a call costs nothing but its overhead.
 TINY = "tiny"
 
@@ -36,6 +37,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "foreach_dynamic_fake_quantize": ("forward", "both"),
     "observe_fake_quantize": ("forward", "both"),
     "affine_act_fake_quantize": PASSES,
+    "affine_act_quantize": ("forward",),
     "bn_match": PASSES,
     "bn_match_forward": PASSES,
     "margin_loss": PASSES,
@@ -103,6 +105,8 @@ class Case:
         affine_backward = 3 + 2 * residual
         if self.variant.startswith("none"):
             affine_backward = 3 if self.variant.endswith("trained") else 2
+        if self.op == "affine_act_quantize":  # codes of one byte
+            return size * (1 + residual) + self.numel
         forward, backward, *both = {
             # x -> x_hat; grad, x -> dx, or nothing
             "fake_quantize": (2, 3 if self.variant.endswith("clip") else 0),
@@ -160,6 +164,8 @@ def _activation_cases(network: str) -> Iterator[Case]:
     for layer, names in _by_shape(network, found, lambda la: (la.output, la.act, la.residual)):
         variant = "_".join([layer.act, *(["residual"] if layer.residual else [])])
         yield from cases(layer, names, "affine_act_fake_quantize", (variant,), ("forward",))
+        if layer.act != "none":  # linear bottlenecks are not quantised
+            yield from cases(layer, names, "affine_act_quantize", (variant,), ("forward",))
         # "frozen": only x and the residual get a gradient; "trained": scale and shift too.
         parts = (f"{variant}_frozen", f"{variant}_trained")
         yield from cases(layer, names, "affine_act_fake_quantize", parts, ("backward", "both"))
@@ -194,7 +200,7 @@ def _weight_cases(network: str) -> Iterator[Case]:
 
 
 def _logit_cases() -> Iterator[Case]:
-    for op in ("margin_loss", "entropy_distillation"):
+    for op in LOGIT_LOSSES:
         for batch, classes in LOGITS:
             for dtype in DTYPES:
                 where = f"logits/b{batch}k{classes}"
@@ -214,10 +220,11 @@ def _tiny_cases() -> Iterator[Case]:
         "foreach_dynamic_fake_quantize": "axis0",
         "observe_fake_quantize": "per_tensor",
         "affine_act_fake_quantize": "relu_residual_frozen",
+        "affine_act_quantize": "relu_residual",
     }
     for op, passes in OPERATORS.items():
         pass_ = "both" if "both" in passes else "forward"
-        shape = (2, 3) if op in ("margin_loss", "entropy_distillation") else (2, 3, 2, 2)
+        shape = (2, 3) if op in LOGIT_LOSSES else (2, 3, 2, 2)
         yield Case(op, variants.get(op, "-"), TINY, (shape,), "float32", "contiguous", pass_)
 
 
@@ -294,8 +301,43 @@ _JUDGED = (
     "*/tiny/*",
 )
 
+#: dtype -> the layer whose tensor has at least 256 MB in it, several times what a GPU's caches hold.
+HUGE = {"float32": "resnet18@224.conv1/b128", "bfloat16": "mobilenetv2@224.features.2.conv.0.0/b128"}
+#: dtype -> the activation after it.
+HUGE_ACT = {"float32": "relu", "bfloat16": "relu6"}
+_BOTH_LAYOUTS = tuple((dtype, layout) for dtype in HUGE for layout in LAYOUTS)
+_ONE_LAYOUT = (("float32", "contiguous"), ("bfloat16", "contiguous"))
+_THREE = (("float32", "contiguous"), ("float32", "channels_last"), ("bfloat16", "contiguous"))
+
+
+def _huge(op: str, variant: str, pass_: str, places: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Names of cases in these dtypes and layouts; ``{act}`` in `variant` is the layer's activation."""
+    for dtype, layout in places:
+        yield f"{op}/{variant.format(act=HUGE_ACT[dtype])}/{HUGE[dtype]}/{dtype}/{layout}/{pass_}"
+
+
+#: What the kernels are judged by on a GPU: few enough cases, each compiled by torch.compile, for a stage of gpu.sh.
+_GPU = (
+    *_huge("fake_quantize", "per_channel", "forward", _BOTH_LAYOUTS),
+    *_huge("fake_quantize", "per_tensor", "forward", _ONE_LAYOUT),
+    *_huge("affine_act_fake_quantize", "{act}", "forward", _THREE),
+    *_huge("bn_match_forward", "-", "forward", _THREE),
+    "foreach_dynamic_fake_quantize/axis0/resnet18@224.weights/float32/contiguous/forward",
+    "foreach_dynamic_fake_quantize/axis0/resnet18@224.weights/bfloat16/contiguous/forward",
+    *(f"margin_loss/-/logits/{size}/float32/contiguous/forward" for size in ("b16k10", "b128k1000", "b1024k1000")),
+    *_huge("fake_quantize_", "per_channel", "forward", _ONE_LAYOUT),
+    *_huge("fake_quantize", "per_channel_clip", "backward", _ONE_LAYOUT),
+    *_huge("affine_act_fake_quantize", "{act}_trained", "backward", _THREE[:2]),
+    *_huge("affine_act_fake_quantize", "{act}_frozen", "backward", _THREE[2:]),
+    *_huge("bn_match_forward", "-", "both", _THREE[:2]),
+    *_huge("observe_fake_quantize", "per_tensor", "forward", _THREE[:1]),
+    *(f"margin_loss/-/logits/{size}/float32/contiguous/both" for size in ("b16k10", "b1024k1000")),
+    "entropy_distillation/-/logits/b1024k1000/float32/contiguous/both",
+    "*/tiny/*",
+)
+
 #: Suite -> the patterns of its cases; see README, "Benchmarks".
-_PATTERNS = {"quick": _QUICK, "judged": _JUDGED, "full": ("*",)}
+_PATTERNS = {"quick": _QUICK, "judged": _JUDGED, "gpu": _GPU, "full": ("*",)}
 
 
 def select(suite: str, ops: Iterable[str] = (), filters: Iterable[str] = ()) -> list[Case]:
@@ -316,7 +358,7 @@ def select(suite: str, ops: Iterable[str] = (), filters: Iterable[str] = ()) -> 
         for case in registry()
         if (not ops or case.op in ops)
         and any(fnmatchcase(case.name, pattern) for pattern in _PATTERNS[suite])
-        and all(any(_matches(name, text) for name in case.aliases) for text in filters)
+        and all(any(matches(name, text) for name in case.aliases) for text in filters)
     ]
     if not chosen:
         raise InvalidInputError(
@@ -326,5 +368,6 @@ def select(suite: str, ops: Iterable[str] = (), filters: Iterable[str] = ()) -> 
     return chosen
 
 
-def _matches(name: str, text: str) -> bool:
+def matches(name: str, text: str) -> bool:
+    """Whether a name fits a filter of :func:`select`."""
     return fnmatchcase(name, text) if "*" in text or "?" in text else text in name

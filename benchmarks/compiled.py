@@ -6,6 +6,7 @@ the options it would have) instead of running. Tensors are CPU tensors; large on
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -33,6 +35,29 @@ class Launch:
     grid: tuple[int, ...]
     options: dict[str, Any]
     asm: dict[str, Any]
+    sizes: tuple[int, ...] = ()
+    """Bytes of the tensor behind each parameter that is a pointer, 0 behind the others."""
+    shared: int = 0
+    """Bytes of shared memory of a program."""
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return self.options.get("num_warps", 4)
+
+    @property
+    def threads(self) -> int:
+        """Threads of all programs."""
+        return math.prod(self.grid) * 32 * self.warps
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the tensors whose pointers the kernel uses: what it moves where it passes each of them once.
+
+        A tensor that is read and written is there twice. A pointer that only fills its place is never loaded.
+        """
+        used = {int(number) for number in re.findall(r"ld\.param\S*\s[^;\[]*\[\w+_param_(\d+)[+\]]", self.ptx)}
+        return sum(self.sizes[i] for i in used if i < len(self.sizes))  # Triton adds parameters of its own
 
     @property
     def ptx(self) -> str:
@@ -56,10 +81,15 @@ class Launch:
         return {name: int(value) for name, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", usage)}
 
     @cached_property
+    def listing(self) -> list[tuple[int, str]]:
+        """Address and text of the machine's instructions, in order, without the padding at the end."""
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", self._cuobjdump("-sass"))
+        return [(int(address, 16), text.strip()) for address, text in found if not text.startswith("NOP")]
+
+    @property
     def sass(self) -> list[str]:
         """The machine's instructions, in order, without the padding at the end."""
-        found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);", self._cuobjdump("-sass"))
-        return [instruction for instruction in found if not instruction.startswith("NOP")]
+        return [text for _, text in self.listing]
 
 
 class _Driver:
@@ -78,6 +108,21 @@ class _Driver:
         return 0
 
 
+def _sizes(given: dict[str, Any], signature: dict[str, Any]) -> tuple[int, ...]:
+    """:attr:`Launch.sizes`. Constants, as None is and some integers are, are no parameters."""
+
+    def walk(value: Any, kind: Any) -> Iterator[int]:
+        if isinstance(kind, (tuple, list)):
+            for i, (item, item_kind) in enumerate(zip(value, kind, strict=True)):
+                # A tensor that comes again only fills the tuple up.
+                again = isinstance(item, torch.Tensor) and any(item is before for before in value[:i])
+                yield from (0,) if again else walk(item, item_kind)
+        elif kind != "constexpr":
+            yield value.nbytes if isinstance(value, torch.Tensor) else 0
+
+    return tuple(size for name, kind in signature.items() for size in walk(given.get(name), kind))
+
+
 @contextmanager
 def compiling_for(capability: int) -> Iterator[list[Launch]]:
     """Inside the block launches compile for sm_`capability`, and are added to the list."""
@@ -86,7 +131,10 @@ def compiling_for(capability: int) -> Iterator[list[Launch]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launches.append(Launch(self.fn.__name__, capability, tuple(grid), kwargs, kernel.asm))
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        sizes = _sizes(given, kernel.src.signature)
+        shared = kernel.metadata.shared
+        launches.append(Launch(self.fn.__name__, capability, tuple(grid), kwargs, kernel.asm, sizes, shared))
         return kernel
 
     JITFunction.run = compile_only

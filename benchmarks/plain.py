@@ -102,6 +102,35 @@ def observe_fake_quantize(
     return _quantized(value, new_scale, new_zero_point, bits, _temporary(value, x)).to(x.dtype)
 
 
+def _affine_act(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str, mean: Tensor, var: Tensor
+) -> Tensor:
+    # eps 0 is refused by some versions; this one changes no variance.
+    eps = torch.finfo(torch.float32).tiny
+    u = F.batch_norm(_compute(x), mean, var, scale, shift, training=False, eps=eps)
+    if residual is not None:
+        u = u.add_(residual)
+    return {"none": lambda t: t, "relu": torch.relu_, "relu6": lambda t: F.hardtanh_(t, 0.0, 6.0)}[act](u)
+
+
+def affine_act_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bits: int,
+    mean: Tensor,
+    var: Tensor,
+) -> Tensor:
+    """Codes of :func:`affine_act_fake_quantize`."""
+    u = _affine_act(x, scale, shift, residual, act, mean, var)
+    codes = u.div_(act_scale.reshape(())).round_().add_(act_zero_point.reshape(())).clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8)
+
+
 def affine_act_fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -115,12 +144,7 @@ def affine_act_fake_quantize(
     var: Tensor,
 ) -> Tensor:
     """BatchNorm in inference (the fused operator, fastest of PyTorch's ways), residual, activation, quantiser."""
-    # eps 0 is refused by some versions; this one changes no variance.
-    eps = torch.finfo(torch.float32).tiny
-    u = F.batch_norm(_compute(x), mean, var, scale, shift, training=False, eps=eps)
-    if residual is not None:
-        u = u.add_(residual)
-    u = {"none": lambda t: t, "relu": torch.relu_, "relu6": lambda t: F.hardtanh_(t, 0.0, 6.0)}[act](u)
+    u = _affine_act(x, scale, shift, residual, act, mean, var)
     if act_scale is not None and act_zero_point is not None:
         u = _quantized(u, act_scale.reshape(()), act_zero_point.reshape(()), bits, None if u.requires_grad else u)
     return u.to(x.dtype)

@@ -20,8 +20,8 @@ _MARKERS = {"forward": "o", "backward": "v", "both": "s"}
 
 
 def names(content: dict[str, Any]) -> tuple[str, ...]:
-    """The plots of a file; none where no row has a time."""
-    if not any(row["status"] == "ok" for row in content["rows"]):
+    """The plots of a file; none where no row has a time that was measured."""
+    if content["kind"] == "predictions" or not any(row["status"] == "ok" for row in content["rows"]):
         return ()
     return ("step",) if content["kind"] == "step" else ("speedup", "roofline")
 

@@ -254,13 +254,11 @@ def _affine_act_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     def ours(x: Tensor, scale: Tensor, shift: Tensor, *rest: Tensor) -> Outputs:
         added, act_scale, act_zero_point = split(rest)
         qparams = None if act_scale is None or act_zero_point is None else (act_scale, act_zero_point, BITS)
-        return (functional.affine_act_fake_quantize(x, scale, shift, added, act, qparams),)
+        return (getattr(functional, case.op)(x, scale, shift, added, act, qparams),)
 
     def plainly(x: Tensor, scale: Tensor, shift: Tensor, *rest: Tensor) -> Outputs:
         added, act_scale, act_zero_point = split(rest)
-        return (
-            plain.affine_act_fake_quantize(x, scale, shift, added, act, act_scale, act_zero_point, BITS, mean, var),
-        )
+        return (getattr(plain, case.op)(x, scale, shift, added, act, act_scale, act_zero_point, BITS, mean, var),)
 
     grad = inputs.normal(shape)
     per_channel = [1, -1, *[1] * (len(shape) - 2)]
@@ -271,6 +269,8 @@ def _affine_act_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
 
     def output_slack(_: Outputs) -> list[Tensor | None]:
         u = before_act()
+        if case.op == "affine_act_quantize":  # codes differ by one
+            return [near_tie((u.clamp(0, 6) if act == "relu6" else u.relu()) / quantizer[0].double())]
         return [_step_slack(u.clamp(0, 6) if act == "relu6" else u.relu(), quantizer[0])]
 
     def gradient_slack() -> list[Tensor | None]:
@@ -361,6 +361,7 @@ _BUILDERS: dict[str, Callable[[Case, Any], Problem]] = {
     "foreach_dynamic_fake_quantize": _foreach_dynamic_fake_quantize,
     "observe_fake_quantize": _observe_fake_quantize,
     "affine_act_fake_quantize": _affine_act_fake_quantize,
+    "affine_act_quantize": _affine_act_fake_quantize,
     "bn_match": _bn_match,
     "bn_match_forward": _bn_match_forward,
     "margin_loss": _margin_loss,

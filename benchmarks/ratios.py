@@ -110,6 +110,10 @@ def _small(row: Row) -> bool:
     return _is_fake_quantize(row) and 64e3 <= row["nbytes"] <= 4e6
 
 
+def _huge(op: str) -> Callable[[Row], bool]:
+    return lambda row: row["op"] == op and row["pass"] == "forward" and row["nbytes"] >= 256e6
+
+
 def _op(op: str, *passes: str) -> Callable[[Row], bool]:
     return lambda row: row["op"] == op and row["pass"] in passes and row["where"] != "tiny"
 
@@ -120,7 +124,7 @@ def _is_resnet18_weights(row: Row) -> bool:
 
 _BEST_OTHER = "best other"
 
-#: The table by which the operators are judged. Where a demand can be read in two ways, both are here.
+#: The table by which the operators are judged on a CPU. Where a demand can be read in two ways, both are here.
 CRITERIA = (
     Criterion("large, in place: of the copy", _large_in_place, COPY, 0.85),
     Criterion("large, in place: of x.mul_(1)", _large_in_place, IN_PLACE, 0.85),
@@ -157,6 +161,24 @@ CRITERIA = (
     ),
 )
 
+#: And on a GPU. A copy there writes to memory that the allocator has already.
+CUDA_CRITERIA = (
+    Criterion("256 MB and more: of the copy", _huge("fake_quantize"), COPY, 0.9),
+    Criterion("256 MB and more, in place: of the copy", _huge("fake_quantize_"), COPY, 0.9),
+    Criterion("256 MB and more: torch's own op", _huge("fake_quantize"), NATIVE, 2),
+    Criterion("256 MB and more: torch.compile", _huge("fake_quantize"), COMPILE, 1.2),
+    Criterion("affine forward, 256 MB and more: of the copy", _huge("affine_act_fake_quantize"), COPY, 0.9),
+    Criterion("bn_match_forward forward, 256 MB and more: of the copy", _huge("bn_match_forward"), COPY, 0.9),
+    Criterion("ResNet-18 weights: of the copy", _is_resnet18_weights, COPY, 0.5),
+    # The operator of the reference computes the gradients with the value, as the kernel does.
+    Criterion("margin_loss, value and gradients: eager", _op("margin_loss", "forward"), REFERENCE, 10),
+)
+
+
+def criteria(device: str) -> tuple[Criterion, ...]:
+    """The table for rows of this device ("cpu" or "cuda")."""
+    return CRITERIA if device == "cpu" else CUDA_CRITERIA
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -173,7 +195,7 @@ class Judgement:
 
 
 def judge(rows: Iterable[Row], left_out: Iterable[str] = (), whole: bool = False) -> list[Judgement]:
-    """Every criterion on every case it applies to, by criterion.
+    """Every criterion of the rows' devices on every case it applies to, by criterion.
 
     Args:
         left_out: names of cases that were not run: they have no time.
@@ -181,18 +203,21 @@ def judge(rows: Iterable[Row], left_out: Iterable[str] = (), whole: bool = False
     """
     groups = by_case(rows)
     cases = {case: next(iter(providers.values())) for case, providers in groups.items()}
+    devices = dict.fromkeys(row["device"] for row in cases.values()) or {"cpu": None}
     known = {case.name: case for case in registry()}
     for name in left_out:
         if name in known and name not in cases:
             case = known[name]
             cases[name] = {"op": case.op, "variant": case.variant, "where": case.where, "pass": case.pass_}
-            cases[name] |= {"nbytes": case.nbytes}
+            cases[name] |= {"nbytes": case.nbytes, "device": next(iter(devices))}
     found = []
-    for criterion in CRITERIA:
-        applies = [case for case, any_row in cases.items() if criterion.applies(any_row)]
-        found += [Judgement(criterion, case, _judged_ratio(criterion, groups.get(case, {}))) for case in applies]
-        if whole and not applies:
-            found.append(Judgement(criterion, "no case", None))
+    for device in devices:
+        here = {case: row for case, row in cases.items() if row["device"] == device}
+        for criterion in criteria(device):
+            applies = [case for case, any_row in here.items() if criterion.applies(any_row)]
+            found += [Judgement(criterion, case, _judged_ratio(criterion, groups.get(case, {}))) for case in applies]
+            if whole and not applies:
+                found.append(Judgement(criterion, "no case", None))
     return found
 
 
@@ -228,10 +253,12 @@ def compare(first: dict[str, Any], second: dict[str, Any], force: bool = False) 
     """Compare two files of one kind (:mod:`benchmarks.store`).
 
     Raises:
-        InvalidInputError: they are of different kinds, or of different devices and not `force`.
+        InvalidInputError: they are of different kinds, hold no times, or are of different devices and not `force`.
     """
     if first["kind"] != second["kind"]:
         raise InvalidInputError(f"the files must be of one kind, got {first['kind']} and {second['kind']}")
+    if first["kind"] == "predictions":
+        raise InvalidInputError("predictions hold no times that could be compared: give files of 'ops' or 'step'")
     here, there = first["environment"], second["environment"]
     notes = []
     for key in ("device", "device_name", "cpu"):

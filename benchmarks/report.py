@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plot, ratios
-from benchmarks.cases import TINY
+from benchmarks.cases import LOGIT_LOSSES, TINY
 from benchmarks.environment import machine
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
 from benchmarks.ratios import EAGER, RIVALS, Comparison, Judgement, Row
@@ -51,6 +51,24 @@ def judged_text(judged: Iterable[Judgement]) -> str:
     return text_table(["case", "criterion", "demand", "times as fast (spread)", ""], lines) if lines else ""
 
 
+def predictions_text(rows: Iterable[Row]) -> str:
+    """Every prediction, and the registers and instructions it comes from."""
+    header = ["case", "launches", "registers", "spilled", "bytes/el.", "instr./el.", "us", "of copy", "bound by"]
+    return text_table(header, [[row["case"], *_predicted_cells([row]), row["bound_by"]] for row in rows])
+
+
+def _predicted_cells(rows: Sequence[Row]) -> list[str]:
+    launches = [launch for row in rows for launch in row["launches"]]
+    return [
+        _span([len(row["launches"]) for row in rows]),
+        _span([launch["registers"] for launch in launches]),
+        _span([launch["spilled_bytes"] for launch in launches]),
+        *(_span([row[key] for row in rows]) for key in ("bytes_per_element", "instructions_per_element")),
+        _span([row["predicted_us"] for row in rows]),
+        _span([row["fraction_of_copy"] for row in rows]),
+    ]
+
+
 def compare_text(comparison: Comparison, first: str, second: str) -> str:
     """The ratios of two files, and what only one of them holds."""
     lines = [[f"{case}  {provider}", str(ratio)] for (case, provider), ratio in comparison.ratios.items()]
@@ -83,6 +101,8 @@ def readme_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
 def _file_block(path: Path, content: dict[str, Any]) -> str:
     rows = content["rows"]
     environment = content["environment"]
+    if content["kind"] == "predictions":
+        return _predictions_block(path, rows, environment)
     title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
     if content["kind"] == "ops" and environment["device"] == "cpu":
         title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"
@@ -105,6 +125,34 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _predictions_block(path: Path, rows: Sequence[Row], environment: dict[str, Any]) -> str:
+    gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
+    title = f"**{gpus}: predicted, not yet run on a GPU** (`benchmarks/results/{path.name}`), from the machine code of"
+    title += f" Triton {environment['versions']['triton']}"
+    if environment["git_commit"]:
+        title += f", commit {environment['git_commit'][:10]}{' with changes' if environment['git_dirty'] else ''}"
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        # Of one layer, or logits of one size, in every dtype and layout; activations are the layer's.
+        what = row["variant"].removeprefix("relu6").removeprefix("relu").strip("_-")
+        if row["op"] in LOGIT_LOSSES:
+            what = row["case"].split("/")[3]
+        groups.setdefault((f"`{row['op']}` {what}".strip(), row["pass"]), []).append(row)
+    lines = [
+        [
+            f"{name} {pass_}",
+            str(len(found)),
+            *_predicted_cells(found),
+            ", ".join(dict.fromkeys(row["bound_by"] for row in found)),
+        ]
+        for (name, pass_), found in groups.items()
+    ]
+    header = ["operator and pass", "cases", "launches", "registers", "spilled bytes", "bytes an element"]
+    header += ["instructions an element", "us", "of the copy", "bound by"]
+    note = "Estimates of `benchmarks/predict.py`: memory or instructions, whichever takes longer, and the launches."
+    return "\n\n".join([title, *([markdown_table(header, lines)] if lines else []), note])
+
+
 def _span(values: Sequence[float]) -> str:
     if not values:
         return "-"
@@ -115,7 +163,7 @@ def _span(values: Sequence[float]) -> str:
 def _judged_table(rows: Sequence[Row], left_out: Sequence[str]) -> str:
     judged = ratios.judge(rows, left_out)
     lines = []
-    for criterion in ratios.CRITERIA:
+    for criterion in (*ratios.CRITERIA, *ratios.CUDA_CRITERIA):
         found = [judgement for judgement in judged if judgement.criterion is criterion]
         values = [judgement.ratio.median for judgement in found if judgement.ratio is not None]
         if found:

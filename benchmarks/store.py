@@ -1,7 +1,8 @@
 """The JSON files of results: their fields, reading, and writing.
 
-A file is ``{"format", "version", "kind": "ops" | "step", "environment", "options", "left_out", "rows"}``. A row carries
-its environment too, so that rows of several files can be put together. Times are in milliseconds, sizes in bytes.
+A file is ``{"format", "version", "kind", "environment", "options", "left_out", "rows"}``, its kind one of
+:data:`FIELDS`. A measured row carries its environment too, so that rows of several files can be put together. Times are
+in milliseconds unless their names say otherwise, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _MEASURED: dict[str, tuple[type, ...]] = {
     "p80_ms": (float, NoneType),
     "peak_memory_bytes": (int, NoneType),
 }
-#: Kind -> field of a row -> its types. status is "ok", "wrong" (a result is not right) or "unavailable".
+#: Kind -> field of a row -> its types. Where something is timed, status is "ok", "wrong" (a result is not right) or
+#: "unavailable".
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "ops": {
         **_MEASURED,
@@ -73,6 +75,24 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "act_bits": (int,),
         "images_per_s": (float, NoneType),
         **_ENVIRONMENT,
+    },
+    # Of benchmarks/predict.py: a row's launches are dicts.
+    "predictions": {
+        "case": (str,),
+        "op": (str,),
+        "variant": (str,),
+        "dtype": (str,),
+        "layout": (str,),
+        "pass": (str,),
+        "nbytes": (int,),
+        "bytes_moved": (int,),
+        "gpu": (str,),
+        "launches": (list,),
+        "bytes_per_element": (float,),
+        "instructions_per_element": (float,),
+        "predicted_us": (float,),
+        "fraction_of_copy": (float,),
+        "bound_by": (str,),
     },
 }
 STATUSES = ("ok", "wrong", "unavailable")
@@ -140,6 +160,8 @@ def validate(content: Any, name: str) -> None:
         if not isinstance(row, dict):
             raise InvalidInputError(f"{name}: row {i} must be a dict, got {row!r}")
         _check_fields(row, FIELDS[content["kind"]], f"{name}: row {i}")
+        if content["kind"] == "predictions":
+            continue
         if row["status"] not in STATUSES:
             raise InvalidInputError(f"{name}: row {i}: status must be one of {STATUSES}, got {row['status']!r}")
         if (row["status"] == "ok") != (row["p50_ms"] is not None):

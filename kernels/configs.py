@@ -30,7 +30,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     # A tile of one channel, or of neighbouring channels, in a loop.
     "channel_tiles": (Config(4, 2), Config(4, 1), Config(4, 4), Config(8, 2)),
     # A row of a weight, in a loop.
-    "rows": (Config(4, 2), Config(2, 2), Config(8, 2), Config(4, 4)),
+    "rows": (Config(2, 2), Config(1, 2), Config(4, 2), Config(8, 2)),
 }
 
 #: Bytes of a tensor from which it is "large": it does not stay in a cache between two passes.

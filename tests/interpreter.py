@@ -50,4 +50,12 @@ def install() -> None:
         assert x.dtype.scalar == tl.float32
         return interpreter.TensorHandle(_fused_multiply_add(x.data, y.data, z.data), tl.float32)
 
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):  # type: ignore[no-untyped-def]
+        patch(tensor, scope)
+        # Triton 3.6 makes an int of an array with a dimension, which NumPy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     builder.cast_impl, builder.create_fma = cast_impl, create_fma
+    interpreter._patch_lang_tensor = patch_lang_tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 import adadfq
 from adadfq.errors import InvalidInputError
+from adadfq.kernels import configs, tune
+from adadfq.ops import reference
 from adadfq.ops.schema import OPERATORS
 from benchmarks import (
     cases,
@@ -33,10 +36,12 @@ from benchmarks import (
     networks,
     ops,
     plot,
+    predict,
     problems,
     providers,
     ratios,
     readme,
+    sass,
     step,
     store,
     timing,
@@ -155,6 +160,25 @@ def test_the_judged_suite_holds_what_is_judged() -> None:
             assert any(cases.fnmatchcase(name, pattern) for name in names), pattern
 
 
+def test_the_gpu_suite_holds_what_is_judged_there() -> None:
+    chosen = select("gpu")
+    assert 35 <= len(chosen) <= 45  # what a stage of gpu.sh has time for
+    rows = [{"op": c.op, "pass": c.pass_, "where": c.where, "nbytes": c.nbytes, "variant": c.variant} for c in chosen]
+    for criterion in ratios.criteria("cuda"):
+        assert any(criterion.applies(row) for row in rows), criterion.title
+    huge = [case for case in chosen if case.where in cases.HUGE.values()]
+    assert min(case.nbytes for case in huge) >= 256e6
+    for op, passes in (
+        ("affine_act_fake_quantize", {"forward", "backward"}),
+        ("bn_match_forward", {"forward", "both"}),
+    ):
+        assert {case.pass_ for case in huge if case.op == op} == passes
+    quantize = {(c.variant, c.dtype, c.layout) for c in huge if (c.op, c.pass_) == ("fake_quantize", "forward")}
+    assert quantize >= set(itertools.product(["per_channel"], cases.HUGE, cases.LAYOUTS))
+    assert {case.op for case in chosen if case.where == "tiny"} == set(cases.OPERATORS)
+    assert {case.shapes[0] for case in chosen if case.op == "margin_loss"} >= {(16, 10), (1024, 1000)}
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -170,6 +194,7 @@ def test_the_judged_suite_holds_what_is_judged() -> None:
             "affine_act_fake_quantize/relu_residual_trained/resnet20@32.layer3.0.conv2/b16/float32/contiguous/backward",
             5 * 4 * 65536,
         ),
+        ("affine_act_quantize/relu_residual/resnet20@32.layer3.0.conv2/b16/bfloat16/contiguous/forward", 5 * 65536),
         ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/forward", 2 * 4 * 65536),
         ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/backward", 3 * 4 * 65536),
         ("foreach_dynamic_fake_quantize/axis0/resnet20@32.weights/float32/contiguous/forward", 2 * 4 * 268336),
@@ -637,6 +662,25 @@ def test_what_has_no_time_meets_no_demand(measured: Path) -> None:
     assert {j.criterion.title for j in whole} == {c.title for c in ratios.CRITERIA} and None in {j.met for j in whole}
 
 
+def test_each_device_has_its_table(measured: Path) -> None:
+    case = "margin_loss/forward"
+    times = {(case, REFERENCE): (20.0, 20.0, 20.0), (case, PLAIN): (5.0,) * 3, (case, "adadfq triton"): (1.0,) * 3}
+    rows = hand_made(times, measured)["rows"]
+    assert ratios.judge(rows) == []  # of a CPU the whole pass is judged
+    on_gpu = [row | {"device": "cuda"} for row in rows]
+    (judgement,) = ratios.judge(on_gpu)
+    assert judgement.met is True and judgement.criterion in ratios.CUDA_CRITERIA and judgement.ratio.median == 20
+    left_out = "fake_quantize_/per_channel/resnet18@224.conv1/b128/float32/contiguous/forward"
+    assert [j.criterion.title for j in ratios.judge(on_gpu, [left_out]) if j.met is None] == [
+        "256 MB and more, in place: of the copy"
+    ]
+    assert {j.criterion for j in ratios.judge(on_gpu, whole=True)} == set(ratios.criteria("cuda"))
+    assert ratios.criteria("cpu") is ratios.CRITERIA
+    content = store.read(measured)
+    content |= {"rows": on_gpu, "environment": content["environment"] | {"device": "cuda"}}
+    assert "margin_loss, value and gradients: eager | 10x | 20x | 1 of 1" in readme.readme_block([(Path("a"), content)])
+
+
 def test_readme_names_who_has_no_time(measured: Path) -> None:
     content = store.read(measured)
     empty = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "gb_per_s", "fraction_of_copy", "fraction_of_clone"))
@@ -770,7 +814,7 @@ def test_list() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ops", "--suite", "fast"), "suite must be one of quick, judged, full, got 'fast'"),
+        (("ops", "--suite", "fast"), "suite must be one of quick, judged, gpu, full, got 'fast'"),
         (("ops", "--ops", "quantize"), "ops must be among"),
         (("ops", "--filter", "nothing"), "no case of suite quick fits"),
         (("ops", "--providers", "adadfq*,fastest"), "'fastest' fits none of"),
@@ -851,6 +895,174 @@ def test_pytest_runs_benchmarks_only_when_asked() -> None:
     command += ["-p", "no:cacheprovider", "--ops", "margin_loss", "--filter", "tiny", "--providers", "adadfq*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- predictions
+
+#: Two ways to a loop of four instructions, and the padding at the end.
+LISTING = [
+    (0x00, "LDC R1, c[0x0][0x28]"),
+    (0x10, "ISETP.GE.AND P0, PT, R0, 0x1, PT"),
+    (0x20, "@!P0 BRA 0x60"),
+    (0x30, "MOV R2, R3"),
+    (0x40, "MOV R2, R3"),
+    (0x50, "BRA 0x70"),
+    (0x60, "MOV R2, R4"),
+    (0x70, "LDG.E R9, desc[UR4][R2.64]"),
+    (0x80, "@P0 LDG.E.128 R4, desc[UR4][R2.64]"),
+    (0x90, "FADD R4, R4, R9"),
+    (0xA0, "STG.E.128 desc[UR4][R2.64], R4"),
+    (0xB0, "@P1 BRA 0x80"),
+    (0xC0, "@P2 EXIT"),
+    (0xD0, "FADD R4, R4, R9"),
+    (0xE0, "EXIT"),
+    (0xF0, "BRA 0xf0"),
+]
+
+
+def test_instructions_are_counted_along_the_longest_way() -> None:
+    (loop,) = sass.loops(LISTING)
+    assert loop == sass.Loop(instructions=4, wide=2, loaded=16, stored=16)
+    assert sass.outside(LISTING) == 10  # the block at 0x30, not that at 0x60, nor the padding's loop
+    # A round of a thread is 4 elements of 8 bytes; 64 threads have 16 elements each.
+    assert sass.per_element(LISTING, 64, 1024, 8.0) == 10 / 16 + 4 / 4
+    assert sass.per_element([*LISTING[:3], (0x30, "EXIT"), (0x60, "EXIT")], 64, 128, 8.0) == 4 / 2
+
+
+def test_a_pass_that_only_reads_counts_too() -> None:
+    reading = [(0x60, "LDG.E.128 R4, desc[UR4][R2.64]"), (0x68, "FADD R4, R4, R9"), (0x6C, "@P1 BRA 0x60")]
+    listing = [*LISTING[:2], *reading, *LISTING[7:]]
+    assert [loop.stored for loop in sass.loops(listing)] == [0, 16]
+    one, two = (sass.per_element(listing, 1, 10**9, 8.0, passes) for passes in (1, 2))
+    assert two - one == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("case", predict.chosen(), ids=lambda case: case.name)
+def test_a_prediction_calls_the_operator(case: Case) -> None:
+    op, args = predict._call(case)
+    inspect.signature(reference.KERNELS[op]).bind(*args)
+    assert ("backward" in op) is (case.pass_ == "backward")
+    main = [
+        tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg]) if isinstance(tensor, Tensor)
+    ]
+    assert {tuple(tensor.shape) for tensor in main} >= set(case.shapes)
+
+
+def test_every_operator_is_predicted() -> None:
+    assert {predict._call(case)[0] for case in predict.chosen()} == set(OPERATORS)
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a few predictions, made by the command."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    path = tmp_path_factory.mktemp("predictions") / "predictions-h200.json"
+    filters = ("--filter", "float32/contiguous", "--filter", "*ke_quantize/[!a]*")
+    result = run("predict", "--json", str(path), *filters)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_predictions(predicted: Path) -> None:
+    content = store.read(predicted)
+    assert {row["op"] for row in content["rows"]} >= {"fake_quantize", "observe_fake_quantize"}
+    for row in content["rows"]:
+        assert row["bytes_per_element"] * row["nbytes"] / 4 == pytest.approx(row["bytes_moved"], rel=0.02), row["case"]
+        assert 0.1 < row["fraction_of_copy"] <= 1.0001 and row["instructions_per_element"] > 1
+        # 4.8 TB/s, of which a copy gets 92 %.
+        assert row["predicted_us"] > row["bytes_moved"] / 4.5e6
+        for launch in row["launches"]:
+            assert launch["registers"] <= 255 and launch["spilled_bytes"] == 0 and launch["programs"] >= 1
+    (in_turn,) = [row for row in content["rows"] if row["op"] == "observe_fake_quantize"]
+    assert len(in_turn["launches"]) == 3 and in_turn["bound_by"] == "memory"
+
+
+def test_predictions_are_shown_as_such(predicted: Path, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    assert readme.update(page, predicted.parent) == [page] and readme.stale(page, predicted.parent) == []
+    assert "NVIDIA H200: predicted, not yet run on a GPU" in page.read_text()
+    assert "| `fake_quantize` per_channel_clip backward | 1 | 1 |" in page.read_text()
+    assert run("compare", str(predicted), str(predicted)).exit_code == 2
+    assert run("judge", str(predicted)).exit_code == 2
+
+
+def test_an_operator_that_cannot_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setitem(adadfq.ops.triton.KERNELS, "fake_quantize", raising)
+    result = run("predict", "--filter", "fake_quantize/per_tensor/*float32/contiguous*")
+    assert result.exit_code == 2 and "cannot be compiled (ValueError: no kernel today" in result.output
+    assert "gpu must be one of h200" in run("predict", "--gpu", "h300").output
+    assert "no predicted case fits" in run("predict", "--filter", "nothing").output
+
+
+# ---------------------------------------------------------------------------------------------------------- tuning
+
+
+def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = CliRunner().invoke(tune.main, [str(tmp_path / "configs.json")])
+    assert result.exit_code == 2 and "error: tuning times kernels on a GPU" in result.output
+    assert list(tmp_path.iterdir()) == []
+    result = CliRunner().invoke(tune.main, [str(tmp_path / "nowhere" / "configs.json")])
+    assert result.exit_code == 2 and "does not exist" in result.output
+
+
+def test_every_choice_is_tuned_once() -> None:
+    dtypes = ("float32", "bfloat16", "float16")
+    keys = ["/".join(parts) for parts in itertools.product(configs.CONFIGS, dtypes, ("small", "large"))]
+    assert [workload.key for workload in tune.workloads()] == keys
+
+
+def test_the_default_stays_unless_another_is_clearly_faster() -> None:
+    default, other = configs.CONFIGS["rows"][:2]
+    assert tune.best({default: 1.0, other: 0.99}, default) == default
+    assert tune.best({default: 1.0, other: 0.9}, default) == other
+    assert tune.best({other: 1.0, default: 0.5}, default) == default
+
+
+def test_configurations_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADADFQ_TRITON_CONFIGS", "nowhere.json")
+    before, seen = dict(configs.CONFIGS), []
+
+    def time(call: Callable[[], object]) -> float:
+        seen.append(call())
+        return float(len(seen))
+
+    found = tune.measure("rows", [lambda: configs.choose("rows", torch.float32, 10)], time)
+    assert seen == list(before["rows"]) * tune.ROUNDS
+    assert found == {config: 1.0 + i + len(found) for i, config in enumerate(before["rows"])}
+    with pytest.raises(ZeroDivisionError):
+        tune.measure("rows", [lambda: 1 // 0], time)
+    assert before == configs.CONFIGS and os.environ["ADADFQ_TRITON_CONFIGS"] == "nowhere.json"
+
+
+@pytest.mark.parametrize("family", configs.CONFIGS)
+def test_what_is_tuned_depends_on_the_configuration(family: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.compiled import compiling_for
+
+    shapes = ((8, 16, 3, 3), (4, 8)) if family == "rows" else ((8, 16, 16, 16),)
+    with predict._backend(), compiling_for(90) as launches:
+        to_time = tune.calls(tune.Workload(family, torch.float32, shapes), "cpu")
+        tune.measure(family, to_time, lambda call: float(call() is None))
+    assert {launch.warps for launch in launches} >= {config.num_warps for config in configs.CONFIGS[family]}
+
+
+def test_a_tuned_file_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {
+        workload.key: {config: 10.0 - i for i, config in enumerate(configs.CONFIGS[workload.family])}
+        for workload in tune.workloads()
+    }
+    path = tmp_path / "configs.json"
+    content = tune.document("a GPU", "3.0", measured)
+    tune.write(path, content)
+    assert json.loads(path.read_text()) == content and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setenv("ADADFQ_TRITON_CONFIGS", str(path))
+    for family, found in configs.CONFIGS.items():
+        assert configs.choose(family, torch.bfloat16, 10**9) == found[-1]
+    assert content["times_ms"]["rows/float32/small"]["4x2"] == 10.0  # type: ignore[index]
 
 
 # ---------------------------------------------------------------------------------------------------------- gpu.sh

@@ -79,8 +79,13 @@ def _configurations() -> Iterator[tuple[str, configs.Config]]:
 
 
 FAMILY = {
-    "elementwise": ["fake_quantize", "fake_quantize_backward", "observe_fake_quantize", "affine_act_fake_quantize"]
-    + ["affine_act_quantize"],
+    "elementwise": [
+        "fake_quantize",
+        "fake_quantize_backward",
+        "observe_fake_quantize",
+        "affine_act_fake_quantize",
+        "affine_act_quantize",
+    ],
     "channel_tiles": [op for op in OPERATORS if op.startswith("bn_match") or op.endswith("quantize_backward")],
     "rows": ["foreach_dynamic_fake_quantize", "dynamic_fake_quantize"],
 }

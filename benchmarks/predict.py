@@ -1,0 +1,211 @@
+"""How long the Triton kernels should take on a GPU that is not there: an estimate, and no measurement.
+
+Every operator is called as the backend calls it, on CPU tensors that nobody touches, and what it launches is compiled
+for the GPU (:mod:`benchmarks.compiled`). Of a launch
+
+    memory       = bytes of the tensors it reads and writes / (MEMORY_SHARE of the GPU's bandwidth)
+    instructions = executed instructions / (ISSUE_SHARE of what its lanes execute)
+    time         = max(memory, instructions) + LAUNCH_US
+
+and a call takes the sum over its launches. Executed instructions are an estimate too (:mod:`benchmarks.sass`), and all
+count alike, though some take several cycles. Caches, waiting and what autograd costs are not modelled: where there is
+too little work to fill the GPU, as in the losses, only the launches are left.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adadfq.errors import InvalidInputError
+from benchmarks.cases import HUGE, HUGE_ACT, LAYOUTS, LOGIT_LOSSES, Case, registry
+
+
+class Gpu(NamedTuple):
+    """What a prediction needs to know."""
+
+    title: str
+    capability: int
+    bytes_per_s: float
+    lanes: int
+    hertz: float
+
+
+#: Name -> GPU; clocks are the highest it holds.
+GPUS = {"h200": Gpu("NVIDIA H200", 90, 4.8e12, 132 * 128, 1.755e9)}
+#: What a plain copy gets of the bandwidth, and a kernel of independent instructions of the issue slots.
+MEMORY_SHARE, ISSUE_SHARE = 0.92, 0.85
+LAUNCH_US = 2.0
+#: A launch that moves less than this share of the largest one's bytes costs its launch only.
+MAIN_SHARE = 0.05
+#: Kernels that go over all elements twice in one launch, the second time from a cache.
+_TWO_PASSES = ("rows_kernel",)
+
+
+def chosen() -> list[Case]:
+    """Cases of at least 256 MB in both dtypes and layouts, a network's weights, and the losses."""
+    parts = [
+        ("fake_quantize", "per_tensor", "forward"),
+        ("fake_quantize", "per_channel", "forward"),
+        ("fake_quantize", "per_channel_clip", "backward"),
+        ("fake_quantize_", "per_channel", "forward"),
+        ("observe_fake_quantize", "per_tensor", "forward"),
+        ("affine_act_fake_quantize", "{act}", "forward"),
+        ("affine_act_quantize", "{act}", "forward"),
+        ("affine_act_fake_quantize", "{act}_frozen", "backward"),
+        ("affine_act_fake_quantize", "{act}_trained", "backward"),
+        *((op, "-", pass_) for op in ("bn_match", "bn_match_forward") for pass_ in ("forward", "backward")),
+    ]
+    names = [
+        f"{op}/{variant.format(act=HUGE_ACT[dtype])}/{HUGE[dtype]}/{dtype}/{layout}/{pass_}"
+        for op, variant, pass_ in parts
+        for dtype in HUGE
+        for layout in LAYOUTS
+    ]
+    weights = "axis0/resnet18@224"
+    for dtype in HUGE:
+        names.append(f"dynamic_fake_quantize/{weights}.layer4.0.conv2.weight/{dtype}/contiguous/forward")
+        names.append(f"foreach_dynamic_fake_quantize/{weights}.weights/{dtype}/contiguous/forward")
+    for op in LOGIT_LOSSES:  # the gradients come with the value
+        names += [f"{op}/-/logits/{size}/float32/contiguous/both" for size in ("b16k10", "b1024k1000")]
+    known = {name: case for case in registry() for name in case.aliases}
+    return [known[name] for name in names]
+
+
+def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
+    """Operator of the schema and arguments for it that hold nothing in particular."""
+    forward, bits = case.pass_ != "backward", 4
+
+    def tensor(shape: tuple[int, ...] = case.shapes[0]) -> Tensor:
+        layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+        return torch.empty(shape, dtype=case.torch_dtype, memory_format=layout)
+
+    def vector(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    def scalar(dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((), dtype=dtype)
+
+    x, channels = tensor(), case.shapes[0][1]
+    int32, float64 = torch.int32, torch.float64
+    if case.op in ("fake_quantize", "fake_quantize_"):
+        axis = {"per_tensor": None, "per_channel": 1, "axis0": 0}[case.variant.removesuffix("_clip")]
+        size = 1 if axis is None else case.shapes[0][axis]
+        args = (x, vector(size), vector(size, int32), bits, axis)
+        return (case.op, args) if forward else ("fake_quantize_backward", (tensor(), *args))
+    if case.op == "dynamic_fake_quantize":
+        return case.op, (x, bits, 0)
+    if case.op == "foreach_dynamic_fake_quantize":
+        return case.op, ([tensor(shape) for shape in case.shapes], [bits] * len(case.shapes), 0)
+    if case.op == "observe_fake_quantize":
+        state = (scalar(), scalar(), scalar(torch.int64), scalar(), scalar(int32))
+        return case.op, (x, *state, bits, 0.9)
+    if case.op in ("affine_act_fake_quantize", "affine_act_quantize"):
+        act, has_residual = case.variant.partition("_")[0], "residual" in case.variant
+        args = (x, vector(channels), vector(channels), tensor() if has_residual else None, act)
+        if forward:
+            step = (None, None) if act == "none" else (vector(1), vector(1, int32))
+            return case.op, (*args, *step, bits)
+        return f"{case.op}_backward", (tensor(), *args, has_residual, case.variant.endswith("trained"))
+    if case.op in ("bn_match", "bn_match_forward"):
+        running, found = (vector(channels), vector(channels)), (vector(channels, float64), vector(channels, float64))
+        if case.op == "bn_match":
+            return (case.op, (x, *running)) if forward else ("bn_match_backward", (scalar(), x, *found, *running))
+        if forward:
+            return case.op, (x, *running, vector(channels), vector(channels), 1e-5)
+        return "bn_match_forward_backward", (tensor(), x, scalar(), *found, *running, vector(channels), 1e-5)
+    if case.op == "margin_loss":
+        labels = torch.empty(case.shapes[0][0], dtype=torch.int64)
+        return case.op, (x, tensor(), labels, 0.3, 0.6, 0.2, 0.1, 0.7, False)
+    if case.op == "entropy_distillation":
+        return case.op, (x, tensor(), 5.0)
+    raise InvalidInputError(f"predict has no arguments for {case.op}: add them to benchmarks/predict.py")
+
+
+@contextmanager
+def _backend() -> Iterator[dict[str, Callable[..., Any]]]:
+    """The operators of the Triton backend, taking CPU tensors and asking for no GPU."""
+    from adadfq.ops import triton
+
+    if triton.INTERPRETED:
+        raise InvalidInputError("predict compiles kernels: unset TRITON_INTERPRET")
+    before = triton.DEVICE_TYPE, triton._kernels
+    triton.DEVICE_TYPE = "cpu"
+    triton._kernels = lambda family: importlib.import_module(f"adadfq.kernels.{family}")
+    try:
+        yield triton.KERNELS
+    finally:
+        triton.DEVICE_TYPE, triton._kernels = before
+
+
+def predict(case: Case, gpu: Gpu) -> dict[str, Any]:
+    """A row; see :data:`benchmarks.store.FIELDS`.
+
+    Raises:
+        InvalidInputError: Triton is missing, or the operator cannot be called or compiled.
+    """
+    try:
+        from benchmarks.compiled import compiling_for
+    except ImportError as error:
+        raise InvalidInputError(f"predict needs Triton and its NVIDIA tools ({error}): pip install triton") from error
+    op, args = _call(case)
+    try:
+        with _backend() as kernels, compiling_for(gpu.capability) as launches:
+            kernels[op](*args)
+        largest = max(launch.nbytes for launch in launches)
+        found = [_launch(launch, case, gpu, launch.nbytes >= MAIN_SHARE * largest) for launch in launches]
+    except InvalidInputError:
+        raise
+    except Exception as error:  # whatever a compiler raises, no case may be left out
+        raise InvalidInputError(f"{case.name} cannot be compiled ({type(error).__name__}: {error})") from error
+    terms = {
+        "memory": sum(part["memory_us"] for part in found if part["memory_us"] >= part["instructions_us"]),
+        "instructions": sum(part["instructions_us"] for part in found if part["memory_us"] < part["instructions_us"]),
+        "launches": LAUNCH_US * len(found),
+    }
+    predicted = sum(terms.values())
+    copy = case.bytes_moved / (MEMORY_SHARE * gpu.bytes_per_s) * 1e6 + LAUNCH_US
+    return {
+        "case": case.name,
+        "op": case.op,
+        "variant": case.variant,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "pass": case.pass_,
+        "nbytes": case.nbytes,
+        "bytes_moved": case.bytes_moved,
+        "gpu": gpu.title,
+        "launches": found,
+        "bytes_per_element": sum(part["nbytes"] for part in found) / case.numel,
+        "instructions_per_element": sum(part["instructions_per_element"] for part in found),
+        "predicted_us": predicted,
+        "fraction_of_copy": copy / predicted,
+        "bound_by": max(terms, key=lambda name: terms[name]),
+    }
+
+
+def _launch(launch: Any, case: Case, gpu: Gpu, is_main: bool) -> dict[str, Any]:
+    from benchmarks import sass
+
+    resources = launch.resources
+    instructions = 0.0
+    if is_main:
+        passes = 2 if launch.name in _TWO_PASSES else 1
+        instructions = sass.per_element(launch.listing, launch.threads, case.numel, launch.nbytes / case.numel, passes)
+    return {
+        "kernel": launch.name,
+        "programs": launch.threads // (32 * launch.warps),
+        "warps": launch.warps,
+        "registers": resources["REG"],
+        "spilled_bytes": resources["STACK"] + resources["LOCAL"],
+        "shared_bytes": launch.shared,
+        "nbytes": launch.nbytes,
+        "instructions_per_element": instructions,
+        "memory_us": launch.nbytes / (MEMORY_SHARE * gpu.bytes_per_s) * 1e6,
+        "instructions_us": instructions * case.numel / (ISSUE_SHARE * gpu.lanes * gpu.hertz) * 1e6,
+    }
