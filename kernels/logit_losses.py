@@ -198,7 +198,7 @@ def margin_loss_kernel(
     classes = class_groups * GROUP
     # Added to 0, for an argument that is 1 is a constant without a type.
     per_row = 1.0 / (tl.full([], 0, tl.float64) + batch)
-    log_classes = tl.log(tl.zeros([ROWS], tl.float64) + classes)
+    log_classes = tl.log(tl.full([], 0, tl.float64) + classes)
     slope = tl.full([], 1, tl.float64)
     program = tl.program_id(0)
     blocks = (batch + ROWS - 1) // ROWS
@@ -247,36 +247,27 @@ def margin_loss_kernel(
         floor = tl.full([], _FULL_AGREEMENT, tl.float64)
         largest = _largest_deficit(scratch_ptr, batch, BLOCK_B)
         largest_floor = tl.where(largest < floor, floor, largest)
-        slope_h = 1.0 / largest_floor
-        through_largest = tl.full([], 0, tl.float64)
-        if not DETACH_MIN:
-            # The batch minimum of H is the maximum of D; ties share its gradient evenly.
-            sums = tl.zeros([BLOCK_B], tl.float64)
-            ties = tl.zeros([BLOCK_B], tl.float64)
-            for first in range(0, batch, BLOCK_B):
-                deficit = _values(scratch_ptr, _DEFICIT, first, batch, BLOCK_B)
-                h, grad_h = _h_prime(deficit, largest_floor, lambda_l, lambda_u, per_row)
-                exists = first + tl.arange(0, BLOCK_B) < batch
-                sums += tl.where(exists, grad_h * deficit, 0.0)
-                ties += (exists & (deficit == largest)).to(tl.float64)
-            through_largest = tl.sum(sums, 0) / (largest_floor * largest_floor * tl.sum(ties, 0))
-            through_largest = tl.where(largest >= floor, through_largest, 0.0)
+        sums = tl.zeros([BLOCK_B], tl.float64)
+        ties = tl.zeros([BLOCK_B], tl.float64)
+        margins = tl.zeros([BLOCK_B], tl.float64)
+        labels_ds = tl.zeros([BLOCK_B], tl.float64)
+        labels_as = tl.zeros([BLOCK_B], tl.float64)
+        for first in range(0, batch, BLOCK_B):
+            exists = first + tl.arange(0, BLOCK_B) < batch
+            deficit = _values(scratch_ptr, _DEFICIT, first, batch, BLOCK_B)
+            h, grad_h = _h_prime(deficit, largest_floor, lambda_l, lambda_u, per_row)
+            below = lambda_l - h
+            above = h - lambda_u
+            margin = tl.where(below < 0.0, 0.0, below) + tl.where(above < 0.0, 0.0, above)
+            sums += tl.where(exists, grad_h * deficit, 0.0)
+            ties += (exists & (deficit == largest)).to(tl.float64)
+            margins += tl.where(exists, margin, 0.0)
+            labels_ds += _values(scratch_ptr, _LABEL_DS, first, batch, BLOCK_B)
+            labels_as += _values(scratch_ptr, _LABEL_AS, first, batch, BLOCK_B)
 
         if program == 0:
-            margins = tl.zeros([BLOCK_B], tl.float64)
-            labels_ds = tl.zeros([BLOCK_B], tl.float64)
-            labels_as = tl.zeros([BLOCK_B], tl.float64)
-            for first in range(0, batch, BLOCK_B):
-                deficit = _values(scratch_ptr, _DEFICIT, first, batch, BLOCK_B)
-                h, grad_h = _h_prime(deficit, largest_floor, lambda_l, lambda_u, per_row)
-                below = lambda_l - h
-                above = h - lambda_u
-                margin = tl.where(below < 0.0, 0.0, below) + tl.where(above < 0.0, 0.0, above)
-                margins += tl.where(first + tl.arange(0, BLOCK_B) < batch, margin, 0.0)
-                labels_ds += _values(scratch_ptr, _LABEL_DS, first, batch, BLOCK_B)
-                labels_as += _values(scratch_ptr, _LABEL_AS, first, batch, BLOCK_B)
             # Against a uniform guess: log p = log(K p) - log K.
-            disagreement = tl.max(log_classes, 0) - tl.sum(labels_ds, 0) * per_row
+            disagreement = log_classes - tl.sum(labels_ds, 0) * per_row
             agreement = 0.0 - tl.sum(labels_as, 0) * per_row
             # NaN where a label is none.
             margin = tl.sum(margins, 0) * per_row + 0.0 * agreement
@@ -286,6 +277,12 @@ def margin_loss_kernel(
             tl.store(disagreement_ptr, disagreement.to(tl.float32))
             tl.store(agreement_ptr, agreement.to(tl.float32))
 
+        slope_h = 1.0 / largest_floor
+        through_largest = tl.full([], 0, tl.float64)
+        if not DETACH_MIN:
+            # The batch minimum of H is the maximum of D; ties share its gradient evenly.
+            through_largest = tl.sum(sums, 0) * slope_h * slope_h / tl.sum(ties, 0)
+            through_largest = tl.where(largest >= floor, through_largest, 0.0)
         weight_ds = beta * alpha_ds * per_row
         weight_as = beta * alpha_as * per_row
         for block in range(program, blocks, tl.num_programs(0)):
@@ -306,7 +303,7 @@ def margin_loss_kernel(
                 )
                 is_label = (first + tl.arange(0, BLOCK_K)[None, :] == label[:, None]).to(tl.float64)
                 log_kp = ds - shift_ds[:, None]
-                p = tl.exp(log_kp - log_classes[:, None])
+                p = tl.exp(log_kp - log_classes)
                 grad_ds = grad_deficit[:, None] * p * (log_kp - deficit[:, None]) + weight_ds * (p - is_label)
                 grad_as = weight_as * (tl.exp(as_ - shift_as[:, None]) - is_label)
                 element = grad_teacher_ptr.dtype.element_ty
@@ -335,7 +332,7 @@ def entropy_distillation_kernel(
 ):
     classes = class_groups * GROUP
     per_row = 1.0 / (tl.full([], 0, tl.float64) + batch)
-    log_classes = tl.log(tl.zeros([ROWS], tl.float64) + classes)
+    log_classes = tl.log(tl.full([], 0, tl.float64) + classes)
     slope = tl.full([], 1, tl.float64) / temperature
     blocks = (batch + ROWS - 1) // ROWS
 
@@ -360,7 +357,7 @@ def entropy_distillation_kernel(
                     teacher_ptr, student_ptr, base, first, batch - first_row, classes, slope, ROWS, BLOCK_K
                 )
                 log_kp = ds - shift[:, None]
-                grad = weight * tl.exp(log_kp - log_classes[:, None]) * (log_kp - deficit[:, None])
+                grad = weight * tl.exp(log_kp - log_classes) * (log_kp - deficit[:, None])
                 grad = grad.to(tl.float32).to(grad_student_ptr.dtype.element_ty)
                 tl.store(grad_student_ptr + base + local, grad, mask=mask)
 
@@ -371,7 +368,7 @@ def entropy_distillation_kernel(
         sums = tl.zeros([BLOCK_B], tl.float64)
         for first in range(0, batch, BLOCK_B):
             sums += _values(scratch_ptr, _DEFICIT, first, batch, BLOCK_B)
-        loss = temperature * temperature * (tl.sum(sums, 0) * per_row - tl.max(log_classes, 0))
+        loss = temperature * temperature * (tl.sum(sums, 0) * per_row - log_classes)
         tl.store(loss_ptr, loss.to(tl.float32))
 
 

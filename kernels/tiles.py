@@ -4,8 +4,9 @@ Element i in memory order belongs to channel (i // inner) % channels. A program 
 of their positions, which it takes tile by tile; a tile is [R, K], and several tensors may be read at its offsets.
 
 Channels in rows (COLUMNS false): the block is one channel, a scalar, and its outer * inner positions are counted row
-after row. K neighbouring positions are of one row: 16 bytes where rows are whole numbers of 16 bytes, else 8, 4 or one element.
-Each group of K finds its row by a multiplication (the host knows the divisor) and both dimensions are summed over.
+after row. K neighbouring positions lie in one row: 16 bytes of it where rows are whole numbers of 16 bytes, else 8, 4
+or one element. Each group of K finds its row by a multiplication (the host knows the divisor), and sums are over both
+dimensions.
 
 Channels in columns (COLUMNS true, inner == 1): the block is K neighbouring channels, a vector; a position is a row of
 the tensor, and only dimension 0 is summed over.

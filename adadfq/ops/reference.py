@@ -347,7 +347,8 @@ def _deficit_gradient(p: Tensor, log_kp: Tensor, deficit: Tensor) -> Tensor:
     return p * (log_kp - deficit.unsqueeze(1))
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels outside 0..classes - 1: at once on a CPU, when the device comes to it elsewhere."""
     if labels.device.type == "cpu":
         outside = labels[(labels < 0) | (labels >= classes)]
         if outside.numel():
@@ -372,7 +373,7 @@ def margin_loss(
     With D = log K - H, the normalised entropy is H' = 1 - D / max_b D, the same as (H - min H) / (log K - min H).
     """
     batch, classes = teacher_logits.shape
-    _check_labels(labels, classes)
+    check_labels(labels, classes)
     teacher, student = _compute(teacher_logits), _compute(student_logits)
     p_ds, log_kp, deficit = _entropy_deficit(teacher - student)
     log_p_as = torch.log_softmax(teacher + student, 1)

@@ -399,6 +399,8 @@ def margin_loss(
     op = "margin_loss"
     teacher, student = native_args.logits(op, teacher_logits, student_logits, DEVICE_TYPE)
     labels = native_args.vector(op, "labels", labels, teacher.shape[0], torch.int64, teacher.device)
+    if INTERPRETED:
+        reference.check_labels(labels, teacher.shape[1])
     # Four tensors, for operators may not return views of one.
     total, margin, disagreement, agreement = (
         torch.empty((), dtype=torch.float32, device=teacher.device) for _ in range(4)
