@@ -125,9 +125,15 @@ def test_the_state_of_a_range_is_refused_before_it_is_changed() -> None:
 
     learned = state()
     learned[3].requires_grad_()
-    shared = state()
-    shared[1] = shared[0]
-    for bad, message in ((learned, "scale must be a tensor without a gradient"), (shared, "different tensors")):
+    refused = [(learned, "scale must be a tensor without a gradient")]
+    for first, second in ((0, 1), (0, 3), (1, 3)):
+        shared = state()
+        shared[second] = shared[first]
+        refused.append((shared, "different tensors"))
+    mixed = state()
+    mixed[4] = mixed[2]
+    refused.append((mixed, "zero_point must hold one torch.int32"))
+    for bad, message in refused:
         with pytest.raises(adadfq.InvalidInputError, match=message):
             F.observe_fake_quantize(_x(), *bad, 4)
         assert int(bad[2]) == 0 and float(bad[0]) == 0

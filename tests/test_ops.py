@@ -828,6 +828,10 @@ def test_state_given_to_a_compiled_function_moves(backend: str) -> None:
         x = _randn(40, seed=seed)
         assert torch.equal(compiled(x, *states[0], 4), F.observe_fake_quantize(x, *states[1], 4))
     assert all(torch.equal(*pair) for pair in zip(*states, strict=True)) and int(states[0][2]) == 3
+    with torch.compiler.set_stance("fail_on_recompile"):
+        another = _range_state()
+        compiled(_randn(40), *another, 4)
+    assert int(another[2]) == 1
 
 
 @pytest.mark.parametrize(

@@ -301,8 +301,6 @@ def observe_fake_quantize(
     if x.numel() == 0:
         raise InvalidInputError(f"x must hold at least one element, got shape {list(x.shape)}")
     state = (running_min, running_max, num_batches, scale, zero_point)
-    if len({id(values) for values in state}) != len(state):
-        raise InvalidInputError("running_min, running_max, num_batches, scale and zero_point must be different tensors")
     for values, (name, dtype) in zip(state, _RANGE_STATE, strict=True):
         if not isinstance(values, Tensor) or values.requires_grad:
             raise InvalidInputError(f"{name} must be a tensor without a gradient, got {values!r}")
@@ -310,6 +308,10 @@ def observe_fake_quantize(
             raise InvalidInputError(
                 f"{name} must hold one {dtype} on {x.device}, got {values.numel()} of {values.dtype} on {values.device}"
             )
+    # The other two have dtypes of their own. Not by id(): Dynamo then compiles each range anew, and that of torch 2.11
+    # has none for tensors made in the graph.
+    if running_min is running_max or scale is running_min or scale is running_max:
+        raise InvalidInputError("running_min, running_max and scale must be different tensors")
     if not needs_gradient(x):
         return run("observe_fake_quantize", x, *state, bits, float(momentum))
     return _ObserveFakeQuantize.apply(x, *state, bits, float(momentum))
