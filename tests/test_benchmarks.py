@@ -1062,7 +1062,8 @@ def test_a_tuned_file_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ADADFQ_TRITON_CONFIGS", str(path))
     for family, found in configs.CONFIGS.items():
         assert configs.choose(family, torch.bfloat16, 10**9) == found[-1]
-    assert content["times_ms"]["rows/float32/small"]["4x2"] == 10.0  # type: ignore[index]
+    warps, vectors = configs.CONFIGS["rows"][0]
+    assert content["times_ms"]["rows/float32/small"][f"{warps}x{vectors}"] == 10.0  # type: ignore[index]
 
 
 # ---------------------------------------------------------------------------------------------------------- gpu.sh
