@@ -12,7 +12,7 @@ One launch; where grad_scale is wanted two, unless a channel's sums are one prog
 in float32, everything beyond is float64. Scratch for the second launch: two float64 a channel and chunk.
 
 Test: python -m pytest tests/test_triton.py -k affine_act_fake_quantize
-Time: python -m benchmarks ops --device cuda --only affine_act_fake_quantize --json out.json
+Time: python -m benchmarks ops --device cuda --suite gpu --ops affine_act_fake_quantize --json out.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adadfq.kernels import segments, tiles
 from adadfq.kernels.arithmetic import clamp, divisor, quotient, round_half_even
-from adadfq.kernels.segments import channels_at, elements, first_element, load_params, to_tile
+from adadfq.kernels.segments import channels_at, elements, first_element, load, load_params, store, to_tile
 from adadfq.kernels.tiles import (
     channel_numbers,
     channel_sum,
@@ -86,10 +86,10 @@ def affine_act_fake_quantize_kernel(
     channel = channels_at(start, channels, inner, PARAMS, GROUP, BLOCK)
     scale = to_tile(load_params(scale_ptr, channel, PARAMS, GROUP, BLOCK), PARAMS, GROUP, BLOCK)
     shift = to_tile(load_params(shift_ptr, channel, PARAMS, GROUP, BLOCK), PARAMS, GROUP, BLOCK)
-    offsets, mask = elements(start, n, segment, SEGMENTS, BLOCK)
-    u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale + shift
+    offsets, mask, whole = elements(start, n, segment, SEGMENTS, BLOCK)
+    u = load(x_ptr, offsets, mask, whole).to(tl.float32) * scale + shift
     if residual_ptr is not None:
-        u += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        u += load(residual_ptr, offsets, mask, whole).to(tl.float32)
     if act_scale_ptr is None:
         u = _activation(u, ACT)
     else:
@@ -110,7 +110,7 @@ def affine_act_fake_quantize_kernel(
             u = tl.maximum(code + zero_point, 0.0, propagate_nan=tl.PropagateNan.NONE).to(tl.int32)
         else:
             u = code * act_scale
-    tl.store(out_ptr + offsets, u.to(out_ptr.dtype.element_ty), mask=mask)
+    store(out_ptr, offsets, u, mask, whole)
 
 
 @triton.jit
@@ -139,16 +139,16 @@ def affine_act_backward_kernel(
     scale = to_tile(load_params(scale_ptr, channel, PARAMS, GROUP, BLOCK), PARAMS, GROUP, BLOCK)
     if ACT != _NONE:
         shift = to_tile(load_params(shift_ptr, channel, PARAMS, GROUP, BLOCK), PARAMS, GROUP, BLOCK)
-    offsets, mask = elements(start, n, segment, SEGMENTS, BLOCK)
-    du = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    offsets, mask, whole = elements(start, n, segment, SEGMENTS, BLOCK)
+    du = load(grad_ptr, offsets, mask, whole).to(tl.float32)
     if ACT != _NONE:
-        u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale + shift
+        u = load(x_ptr, offsets, mask, whole).to(tl.float32) * scale + shift
         if residual_ptr is not None:
-            u += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            u += load(residual_ptr, offsets, mask, whole).to(tl.float32)
         du = _where_sloped(du, u, ACT)
-    tl.store(grad_x_ptr + offsets, (du * scale).to(grad_x_ptr.dtype.element_ty), mask=mask)
+    store(grad_x_ptr, offsets, du * scale, mask, whole)
     if grad_residual_ptr is not None:
-        tl.store(grad_residual_ptr + offsets, du.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+        store(grad_residual_ptr, offsets, du, mask, whole)
 
 
 @triton.jit

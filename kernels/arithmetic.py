@@ -2,7 +2,7 @@
 
 Division. x / scale must be the correctly rounded quotient, for a quotient on the wrong side of k + 1/2 is another code.
 IEEE division takes some 14 instructions an element with a branch, which 16-bit tensors have no time for; here it takes
-6 without one. Scale's power of two comes off both sides (exact, and nothing overflows or underflows any more), then
+6 without one. Scale's power of two comes off both sides (exact where it matters: what underflows has a quotient next to 0), then
 Markstein's theorem: with r = RN(1 / s) and q within one unit in the last place of x / s, x - s q is exact in a fused
 multiply-add and RN(q + r (x - s q)) is RN(x / s). The first of the two corrections makes q that near.
 
@@ -33,7 +33,7 @@ def round_half_even(v):
 
 @triton.jit
 def divisor(scale):
-    """(factor, s, r): x / scale == (x * factor) / s with `factor` a power of two, `s` of moderate size and r = 1 / s."""
+    """(factor, s, r): x / scale == (x * factor) / s, `factor` a power of two, `s` of moderate size, r = 1 / s."""
     exponent = (scale.to(tl.int32, bitcast=True) >> 23) & 255
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)

@@ -20,7 +20,7 @@ two launches where there are many chunks. Backward one.
 Bytes an element, float32: 4 for the statistics, 8 with y; backward 8, 12 with dL/dy; 16-bit types half of that.
 
 Test: python -m pytest tests/test_triton.py -k bn_match
-Time: python -m benchmarks ops --device cuda --only bn_match,bn_match_forward --json out.json
+Time: python -m benchmarks ops --device cuda --suite gpu --ops bn_match,bn_match_forward --json out.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The launch configurations each kernel family may use: the first is the default, the others are what tuning tries.
 
-Nothing is ever timed while a program runs: a call takes the default, or what a file named by ADADFQ_TRITON_CONFIGS says,
-so training does not retune, a CUDA graph replays what was captured, and sums come out alike in every run.
+Nothing is ever timed while a program runs: a call takes the default, or what the file named by ADADFQ_TRITON_CONFIGS
+says, so training does not retune, a CUDA graph replays what was captured, and sums come out alike in every run.
 ``python -m adadfq.kernels.tune FILE`` writes such a file on a machine with a GPU.
 """
 
@@ -54,7 +54,9 @@ def _chosen(path: str | None) -> dict[str, Config]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"ADADFQ_TRITON_CONFIGS: {path} cannot be used ({error}); tune again or unset it") from error
     if wrong:
-        raise ValueError(f"ADADFQ_TRITON_CONFIGS: {path} has unknown configurations for {wrong}; tune again or unset it")
+        raise ValueError(
+            f"ADADFQ_TRITON_CONFIGS: {path} has no known configuration for {wrong}; tune again or unset it"
+        )
     return chosen
 
 

@@ -14,7 +14,7 @@ channel to scratch memory (8 bytes each), a small kernel finishes the ranges, an
 That moves 12 bytes an element, or 8 where the tensor stays in a cache.
 
 Test: python -m pytest tests/test_triton.py -k dynamic_fake_quantize
-Time: python -m benchmarks ops --device cuda --only dynamic_fake_quantize --json out.json
+Time: python -m benchmarks ops --device cuda --suite gpu --ops dynamic_fake_quantize --json out.json
 """
 
 from __future__ import annotations

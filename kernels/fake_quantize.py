@@ -6,7 +6,7 @@ grad  = grad where round(x / scale_c) + zero_point_c is in 0..2^bits - 1, else 0
 Bytes an element, float32: 8 forward (also in place), 12 backward; 16-bit types half of that.
 
 Test: python -m pytest tests/test_triton.py -k fake_quantize
-Time: python -m benchmarks ops --device cuda --only fake_quantize --json out.json
+Time: python -m benchmarks ops --device cuda --suite gpu --ops fake_quantize --json out.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adadfq.kernels.arithmetic import divisor, quotient, round_half_even
-from adadfq.kernels.segments import channels_at, elements, first_element, load_params, plan, to_tile
+from adadfq.kernels.segments import channels_at, elements, first_element, load, load_params, plan, store, to_tile
 
 
 @triton.jit
@@ -47,10 +47,10 @@ def fake_quantize_kernel(
     s = to_tile(s, PARAMS, GROUP, BLOCK)
     r = to_tile(r, PARAMS, GROUP, BLOCK)
     scale = to_tile(scale, PARAMS, GROUP, BLOCK)
-    offsets, mask = elements(start, n, segment, SEGMENTS, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    offsets, mask, whole = elements(start, n, segment, SEGMENTS, BLOCK)
+    x = load(x_ptr, offsets, mask, whole).to(tl.float32)
     code = round_half_even(quotient(x, factor, s, r, lo, hi))
-    tl.store(out_ptr + offsets, (code * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    store(out_ptr, offsets, code * scale, mask, whole)
 
 
 @triton.jit
@@ -82,12 +82,12 @@ def fake_quantize_backward_kernel(
     s = to_tile(s, PARAMS, GROUP, BLOCK)
     r = to_tile(r, PARAMS, GROUP, BLOCK)
     zero_point = to_tile(zero_point, PARAMS, GROUP, BLOCK)
-    offsets, mask = elements(start, n, segment, SEGMENTS, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    offsets, mask, whole = elements(start, n, segment, SEGMENTS, BLOCK)
+    x = load(x_ptr, offsets, mask, whole).to(tl.float32)
+    grad = load(grad_ptr, offsets, mask, whole)
     code = round_half_even(quotient(x, factor, s, r, lo, hi)) + zero_point
     inside = (code >= 0.0) & (code <= qmax)
-    tl.store(out_ptr + offsets, tl.where(inside, grad, tl.zeros_like(grad)), mask=mask)
+    store(out_ptr, offsets, tl.where(inside, grad, tl.zeros_like(grad)), mask, whole)
 
 
 def fake_quantize(

@@ -29,8 +29,8 @@ a stream. Replays of a graph would all have the same number: so not under captur
 Bytes an element, float32: 24 (two logits in, twice; two gradients out), distillation 12 (what it reads twice comes from
 a cache); 16-bit types half of that. Launches: 1 or 2; distillation 1 with few elements, else 2.
 
-Test: python -m pytest tests/test_triton.py -k "margin or distillation"
-Time: python -m benchmarks ops --device cuda --only margin_loss,entropy_distillation --json out.json
+Test: python -m pytest tests/test_triton.py -k losses
+Time: python -m benchmarks ops --device cuda --suite gpu --ops margin_loss,entropy_distillation --json out.json
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ _launches = itertools.count(random.SystemRandom().getrandbits(62))
 
 
 @triton.jit
-def _tile(
-    teacher_ptr, student_ptr, base, first, rows, classes, slope, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _tile(teacher_ptr, student_ptr, base, first, rows, classes, slope, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """d, a, offsets from `base`, which columns and which elements exist; 0 where an element does not."""
     column = first + tl.arange(0, BLOCK_K)[None, :]
     row = tl.arange(0, ROWS)[:, None]
@@ -93,6 +91,14 @@ def _tile(
     teacher = tl.load(teacher_ptr + base + local, mask=mask, other=0.0).to(tl.float64)
     student = tl.load(student_ptr + base + local, mask=mask, other=0.0).to(tl.float64)
     return (teacher - student) * slope, teacher + student, local, exists, mask
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x to about a last place, for x in float32's range: float64's division is a call, with spills around it."""
+    r = (1.0 / x.to(tl.float32)).to(tl.float64)
+    r = r * (2.0 - x * r)
+    return r * (2.0 - x * r)
 
 
 @triton.jit
@@ -112,7 +118,7 @@ def _add(x, exists, peak, total, weighted):
 def _deficit(peak, total, weighted, log_classes):
     """(D, log mean e^d) of each row; NaN stays."""
     log_mean = tl.log(total) - log_classes
-    deficit = weighted / total - log_mean
+    deficit = weighted * _reciprocal(total) - log_mean
     deficit = tl.where(deficit < 0.0, tl.zeros_like(deficit), deficit)
     return tl.where(deficit > log_classes, log_classes, deficit), peak + log_mean
 
@@ -160,9 +166,11 @@ def _largest_deficit(scratch_ptr, batch, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def _h_prime(deficit, largest_floor, lambda_l, lambda_u, per_row):
-    """H' and d L_margin / d H' of each row."""
-    h = 1.0 - deficit / largest_floor
+def _h_prime(deficit, largest_floor, slope_h, lambda_l, lambda_u, per_row):
+    """H' and d L_margin / d H' of each row; `slope_h` is 1 / `largest_floor`."""
+    ratio = deficit * slope_h
+    # The largest D's H' is 0, and no H' is less, whatever the product's rounding. NaN stays.
+    h = tl.where((deficit == largest_floor) | (ratio > 1.0), 0.0, 1.0 - ratio)
     return h, ((h > lambda_u).to(tl.float64) - (h < lambda_l).to(tl.float64)) * per_row
 
 
@@ -197,7 +205,7 @@ def margin_loss_kernel(
 ):
     classes = class_groups * GROUP
     # Added to 0, for an argument that is 1 is a constant without a type.
-    per_row = 1.0 / (tl.full([], 0, tl.float64) + batch)
+    per_row = _reciprocal(tl.full([], 0, tl.float64) + batch)
     log_classes = tl.log(tl.full([], 0, tl.float64) + classes)
     slope = tl.full([], 1, tl.float64)
     program = tl.program_id(0)
@@ -247,6 +255,7 @@ def margin_loss_kernel(
         floor = tl.full([], _FULL_AGREEMENT, tl.float64)
         largest = _largest_deficit(scratch_ptr, batch, BLOCK_B)
         largest_floor = tl.where(largest < floor, floor, largest)
+        slope_h = _reciprocal(largest_floor)
         sums = tl.zeros([BLOCK_B], tl.float64)
         ties = tl.zeros([BLOCK_B], tl.float64)
         margins = tl.zeros([BLOCK_B], tl.float64)
@@ -255,7 +264,7 @@ def margin_loss_kernel(
         for first in range(0, batch, BLOCK_B):
             exists = first + tl.arange(0, BLOCK_B) < batch
             deficit = _values(scratch_ptr, _DEFICIT, first, batch, BLOCK_B)
-            h, grad_h = _h_prime(deficit, largest_floor, lambda_l, lambda_u, per_row)
+            h, grad_h = _h_prime(deficit, largest_floor, slope_h, lambda_l, lambda_u, per_row)
             below = lambda_l - h
             above = h - lambda_u
             margin = tl.where(below < 0.0, 0.0, below) + tl.where(above < 0.0, 0.0, above)
@@ -277,11 +286,10 @@ def margin_loss_kernel(
             tl.store(disagreement_ptr, disagreement.to(tl.float32))
             tl.store(agreement_ptr, agreement.to(tl.float32))
 
-        slope_h = 1.0 / largest_floor
         through_largest = tl.full([], 0, tl.float64)
         if not DETACH_MIN:
             # The batch minimum of H is the maximum of D; ties share its gradient evenly.
-            through_largest = tl.sum(sums, 0) * slope_h * slope_h / tl.sum(ties, 0)
+            through_largest = tl.sum(sums, 0) * slope_h * slope_h * _reciprocal(tl.sum(ties, 0))
             through_largest = tl.where(largest >= floor, through_largest, 0.0)
         weight_ds = beta * alpha_ds * per_row
         weight_as = beta * alpha_as * per_row
@@ -291,7 +299,7 @@ def margin_loss_kernel(
             deficit = _values(scratch_ptr, _DEFICIT, first_row, batch, ROWS)
             shift_ds = _values(scratch_ptr, _SHIFT_DS, first_row, batch, ROWS)
             shift_as = _values(scratch_ptr, _SHIFT_AS, first_row, batch, ROWS)
-            h, grad_h = _h_prime(deficit, largest_floor, lambda_l, lambda_u, per_row)
+            h, grad_h = _h_prime(deficit, largest_floor, slope_h, lambda_l, lambda_u, per_row)
             row = first_row + tl.arange(0, ROWS)
             tl.store(h_prime_ptr + row, h.to(tl.float32), mask=row < batch)
             grad_deficit = 0.0 - grad_h * slope_h + tl.where(deficit == largest, through_largest, 0.0)
@@ -331,7 +339,7 @@ def entropy_distillation_kernel(
     PHASES: tl.constexpr,
 ):
     classes = class_groups * GROUP
-    per_row = 1.0 / (tl.full([], 0, tl.float64) + batch)
+    per_row = _reciprocal(tl.full([], 0, tl.float64) + batch)
     log_classes = tl.log(tl.full([], 0, tl.float64) + classes)
     slope = tl.full([], 1, tl.float64) / temperature
     blocks = (batch + ROWS - 1) // ROWS

@@ -12,7 +12,7 @@ Bytes an element, float32: 12, of which 4 from the cache where the tensor stays 
 Three launches: the ends of at most 1024 parts, the state, x_hat. Scratch: two float32 a part.
 
 Test: python -m pytest tests/test_triton.py -k observe_fake_quantize
-Time: python -m benchmarks ops --device cuda --only observe_fake_quantize --json out.json
+Time: python -m benchmarks ops --device cuda --suite gpu --ops observe_fake_quantize --json out.json
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ neighbouring ones. Otherwise (GROUP == 1) every element finds its own.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Any
 
 import triton
@@ -49,8 +50,9 @@ def channels_at(start, channels, inner, PARAMS: tl.constexpr, GROUP: tl.constexp
             return first[:, None] + tl.arange(0, GROUP)[None, :]
     else:
         row = start // inner
-        place = (start - row * inner).to(tl.int32) + tl.arange(0, BLOCK // GROUP) * GROUP
-        return ((row % channels).to(tl.int32) + place // inner) % channels
+        # In the width of `start`: a row may be longer than 32 bits count.
+        place = start - row * inner + tl.arange(0, BLOCK // GROUP) * GROUP
+        return (row % channels + place // inner) % channels
 
 
 @triton.jit
@@ -74,14 +76,35 @@ def to_tile(v, PARAMS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def elements(start, n, segment, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """(offsets [SEGMENTS, BLOCK] of the program's elements, which of them exist).
+    """(offsets [SEGMENTS, BLOCK] of the program's elements, which of them exist, whether all do).
 
     One tile of all segments, rather than a loop over them: a store may alias the next load, which would wait for it.
     """
     local = tl.arange(0, BLOCK)[None, :]
     before = tl.arange(0, SEGMENTS)[:, None] * segment
     left = tl.minimum(tl.minimum(segment, n - before) - start, BLOCK)
-    return before + start + local, local < tl.maximum(left, 0).to(tl.int32)
+    whole = start + BLOCK <= tl.minimum(segment, n - (SEGMENTS - 1) * segment)
+    return before + start + local, local < tl.maximum(left, 0).to(tl.int32), whole
+
+
+@triton.jit
+def load(ptr, offsets, mask, whole):
+    """Elements, 0 where there are none; without the mask, which may keep from 16-byte accesses, as far as possible."""
+    if whole:
+        v = tl.load(ptr + offsets)
+    else:
+        v = tl.load(ptr + offsets, mask=mask, other=0.0)
+    return v
+
+
+@triton.jit
+def store(ptr, offsets, v, mask, whole):
+    """Store elements in the dtype of `ptr`; see :func:`load`."""
+    v = v.to(ptr.dtype.element_ty)
+    if whole:
+        tl.store(ptr + offsets, v)
+    else:
+        tl.store(ptr + offsets, v, mask=mask)
 
 
 def plan(x: Tensor, channels: int, inner: int) -> tuple[tuple[int], int, dict[str, Any]]:
@@ -95,7 +118,7 @@ def plan(x: Tensor, channels: int, inner: int) -> tuple[tuple[int], int, dict[st
     else:
         params = PER_COLUMN if inner == 1 else PER_ROW
         group = vector if (channels if inner == 1 else inner) % vector == 0 else 1
-        period = channels * inner
+        period = lcm(channels * inner, 16)  # segments begin where 16-byte accesses may
     periods = triton.cdiv(n, period)
     # As many segments as there are vectors, but no empty ones.
     segments = min(config.vectors, 1 << (periods.bit_length() - 1))

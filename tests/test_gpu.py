@@ -103,6 +103,41 @@ def test_kernel_in_a_graph(gpu_backend: str, op: str) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+LARGE_LOGITS = pytest.mark.parametrize(
+    "logits", [(1024, 10), (128, 1000), (1024, 1000)], ids=lambda size: "x".join(map(str, size))
+)
+
+
+@LARGE_LOGITS
+def test_margin_loss_with_a_barrier(gpu_backend: str, logits: tuple[int, int]) -> None:
+    """Programs that wait for each other in one launch give the same every time, and what two launches give."""
+    _serves(gpu_backend, "margin_loss")
+    kernel = dispatch.BACKENDS[gpu_backend].KERNELS["margin_loss"]
+    args = arguments("margin_loss", (1, 1, 1, 1), torch.float32, False, "cuda", logits)
+    first, *others = (call(kernel, "margin_loss", args) for _ in range(20))
+    assert_right("margin_loss", first, args)
+    for results in others:
+        for got, want in zip(results, first, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@LARGE_LOGITS
+def test_margin_loss_in_a_graph(gpu_backend: str, logits: tuple[int, int]) -> None:
+    """After calls with a barrier, capture finds the launches without one compiled."""
+    _serves(gpu_backend, "margin_loss")
+    kernel = dispatch.BACKENDS[gpu_backend].KERNELS["margin_loss"]
+    args = arguments("margin_loss", (1, 1, 1, 1), torch.float32, False, "cuda", logits)
+    eager = [call(kernel, "margin_loss", args) for _ in range(3)][-1]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flat(kernel(*args))
+    for _ in range(3):
+        graph.replay()
+    for got, want in zip(captured, eager, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("op", list(OPERATORS))
 def test_opcheck(gpu_backend: str, op: str) -> None:
     _serves(gpu_backend, op)

@@ -11,7 +11,14 @@ import pytest
 import torch
 from operator_arguments import arguments, assert_right, call
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton as compiler
+import triton.language as tl
+
 from adadfq.errors import BackendError
+from adadfq.kernels import configs, segments, tiles
+from adadfq.kernels.segments import channels_at
 from adadfq.ops import dispatch, triton
 from adadfq.ops.schema import OPERATORS
 
@@ -27,22 +34,18 @@ LOGITS = [(16, 10), (3, 1000), (1, 2), (40, 100), (129, 3), (2, 2500)]
 
 
 def _configurations() -> Iterator[tuple[str, int, int]]:
-    from adadfq.kernels.configs import CONFIGS
-
-    for family, found in CONFIGS.items():
+    for family, found in configs.CONFIGS.items():
         # The last is smaller than any that is used, so that small tensors have many programs.
         yield from ((family, *config) for config in (*found, (1, 1)))
 
 
 @pytest.fixture
 def configured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adadfq.kernels import configs
-
     family, *config = request.param
     monkeypatch.setitem(configs.CONFIGS, family, (configs.Config(*config),))
 
 
-@pytest.mark.parametrize("configured", list(_configurations()) if triton.INTERPRETED else [], indirect=True, ids=str)
+@pytest.mark.parametrize("configured", list(_configurations()), indirect=True, ids=str)
 @pytest.mark.parametrize("op", list(OPERATORS))
 def test_every_configuration(configured: None, op: str) -> None:
     for i, (shape, logits) in enumerate(zip(SHAPES, LOGITS, strict=True)):
@@ -53,13 +56,26 @@ def test_every_configuration(configured: None, op: str) -> None:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", list(OPERATORS))
 def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adadfq.kernels import segments, tiles
-
     monkeypatch.setattr(segments, "LAST_INT32", 0)
     monkeypatch.setattr(tiles, "LAST_INT32", 0)
     for shape in SHAPES:
         args = arguments(op, shape, torch.float32, channels_last)
         assert_right(op, call(triton.KERNELS[op], op, args), args)
+
+
+@compiler.jit
+def channels_kernel(out_ptr, start: tl.int64, inner: tl.int64, BLOCK: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK // 4), channels_at(tl.cast(start, tl.int64), 3, inner, 1, 4, BLOCK))
+
+
+def test_rows_longer_than_32_bits_count() -> None:
+    """Which channel elements on both sides of a row's end belong to, without the memory for such rows."""
+    for inner in (2**31 + 512, 3 * 2**30 + 512, 2**31 - 64):
+        for row in (1, 2, 3):
+            start = row * inner - 256
+            out = torch.full((128,), -1, dtype=torch.int32)
+            channels_kernel[(1,)](out, start, inner, BLOCK=512)
+            assert out.tolist() == [(start + 4 * i) // inner % 3 for i in range(128)]
 
 
 @pytest.mark.parametrize("op", list(OPERATORS))
