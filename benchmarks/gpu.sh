@@ -14,7 +14,7 @@
 set -euo pipefail
 
 stages=(build tests sanitizer bench)
-declare -A limits=([build]=140 [tests]=75 [sanitizer]=145 [bench]=200) # seconds; together at most 560
+declare -A limits=([build]=120 [tests]=110 [sanitizer]=140 [bench]=190) # seconds; together at most 560
 # Exit statuses of --inside that no command of a stage can bring about, see run().
 left_out=77 partial=78
 python=${PYTHON:-python3}

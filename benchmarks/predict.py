@@ -134,13 +134,16 @@ def _backend() -> Iterator[dict[str, Callable[..., Any]]]:
 
     if triton.INTERPRETED:
         raise InvalidInputError("predict compiles kernels: unset TRITON_INTERPRET")
-    before = triton.DEVICE_TYPE, triton._kernels
+    from adadfq.kernels import logit_losses
+
+    before = triton.DEVICE_TYPE, triton._kernels, logit_losses._can_wait
     triton.DEVICE_TYPE = "cpu"
     triton._kernels = lambda family: importlib.import_module(f"adadfq.kernels.{family}")
+    logit_losses._can_wait = lambda x: True  # as the GPU's programs can
     try:
         yield triton.KERNELS
     finally:
-        triton.DEVICE_TYPE, triton._kernels = before
+        triton.DEVICE_TYPE, triton._kernels, logit_losses._can_wait = before
 
 
 def predict(case: Case, gpu: Gpu) -> dict[str, Any]:
@@ -156,6 +159,9 @@ def predict(case: Case, gpu: Gpu) -> dict[str, Any]:
     op, args = _call(case)
     try:
         with _backend() as kernels, compiling_for(gpu.capability) as launches:
+            kernels[op](*args)
+            # The first call of a size of logits has a launch more than the others.
+            launches.clear()
             kernels[op](*args)
         largest = max(launch.nbytes for launch in launches)
         found = [_launch(launch, case, gpu, launch.nbytes >= MAIN_SHARE * largest) for launch in launches]

@@ -2,7 +2,7 @@
 
 Division. x / scale must be the correctly rounded quotient, for a quotient on the wrong side of k + 1/2 is another code.
 IEEE division takes some 14 instructions an element with a branch, which 16-bit tensors have no time for; here it takes
-6 without one. Scale's power of two comes off both sides (exact where it matters: what underflows has a quotient next to 0), then
+6 without one. Scale's power of two comes off both sides (exactly; what then underflows has a quotient next to 0), then
 Markstein's theorem: with r = RN(1 / s) and q within one unit in the last place of x / s, x - s q is exact in a fused
 multiply-add and RN(q + r (x - s q)) is RN(x / s). The first of the two corrections makes q that near.
 

@@ -26,9 +26,9 @@ class Config(NamedTuple):
 #: family -> configurations.
 CONFIGS: dict[str, tuple[Config, ...]] = {
     # One vector in each of `vectors` segments of the tensor.
-    "elementwise": (Config(4, 4), Config(4, 2), Config(4, 8), Config(8, 4)),
+    "elementwise": (Config(4, 4), Config(4, 2), Config(8, 4), Config(8, 2)),
     # A tile of one channel, or of neighbouring channels, in a loop.
-    "channel_tiles": (Config(4, 2), Config(4, 1), Config(4, 4), Config(8, 2)),
+    "channel_tiles": (Config(4, 2), Config(4, 1), Config(8, 2), Config(8, 1)),
     # A row of a weight, in a loop.
     "rows": (Config(2, 2), Config(1, 2), Config(4, 2), Config(8, 2)),
 }

@@ -17,7 +17,8 @@ itself, in the same order, so results depend neither on the number of programs n
 
 - one program, one launch: few elements;
 - up to 128 programs, one launch with a barrier among them: up to 2^20 elements;
-- two launches, one a phase: more, a device with few multiprocessors, under capture into a CUDA graph, interpreted.
+- two launches, one a phase: more, a device with few multiprocessors, under capture into a CUDA graph, interpreted,
+  and the first call of a size, so that a capture later finds these kernels loaded.
 
 The barrier. Waiting for a program that cannot start before this one ends would hang, so the launch is cooperative: it
 starts all programs at once or fails. It does not fail: with 4 warps of at most 255 registers two programs fit a
@@ -48,6 +49,8 @@ from torch import Tensor
 TILE = 1024
 #: Warps of a program; the barrier counts on 4.
 NUM_WARPS = 4
+#: Registers of a thread, at most; the barrier counts on no more.
+MAX_REGISTERS = 255
 #: Elements, padding included, that one program takes alone.
 ALONE = 4096
 #: Programs that a launch with a barrier can have, one flag a thread, and multiprocessors that hold so many.
@@ -96,7 +99,8 @@ def _tile(teacher_ptr, student_ptr, base, first, rows, classes, slope, ROWS: tl.
 @triton.jit
 def _reciprocal(x):
     """1 / x to about a last place, for x in float32's range: float64's division is a call, with spills around it."""
-    r = (1.0 / x.to(tl.float32)).to(tl.float64)
+    narrow = x.to(tl.float32)
+    r = tl.div_rn(tl.zeros_like(narrow) + 1.0, narrow).to(tl.float64)
     r = r * (2.0 - x * r)
     return r * (2.0 - x * r)
 
@@ -354,14 +358,14 @@ def entropy_distillation_kernel(
             total = tl.zeros([ROWS], tl.float64)
             weighted = total
             for first in range(0, classes, BLOCK_K):
-                ds, as_, local, exists, mask = _tile(
+                ds, _as, local, exists, mask = _tile(
                     teacher_ptr, student_ptr, base, first, batch - first_row, classes, slope, ROWS, BLOCK_K
                 )
                 peak, total, weighted = _add(ds, exists, peak, total, weighted)
             deficit, shift = _deficit(peak, total, weighted, log_classes)
             _set_values(scratch_ptr, _DEFICIT, first_row, batch, deficit, ROWS)
             for first in range(0, classes, BLOCK_K):
-                ds, as_, local, exists, mask = _tile(
+                ds, _as, local, exists, mask = _tile(
                     teacher_ptr, student_ptr, base, first, batch - first_row, classes, slope, ROWS, BLOCK_K
                 )
                 log_kp = ds - shift[:, None]
@@ -392,13 +396,20 @@ def _plan(batch: int, classes: int) -> tuple[int, int, dict[str, Any]]:
         "BLOCK_K": block_k,
         "BLOCK_B": min(BLOCK_B, max(NUM_WARPS * 32, triton.next_power_of_2(batch))),
         "num_warps": NUM_WARPS,
+        # All there are: fewer programs a multiprocessor than might fit, but none that spills.
+        "maxnreg": MAX_REGISTERS,
         "enable_fp_fusion": False,
     }
     return triton.cdiv(batch, rows), classes // group, options
 
 
-def _is_for_one_program(tiles: int, options: dict[str, Any]) -> bool:
-    return tiles * options["ROWS"] * options["BLOCK_K"] <= ALONE
+def _is_for_one_program(tiles: int, classes: int, options: dict[str, Any]) -> bool:
+    return tiles * options["ROWS"] * max(options["BLOCK_K"], classes) <= ALONE
+
+
+#: What has been launched without a barrier. The first call of a size is, so that a graph captured later finds the two
+#: launches compiled: loading a kernel is not allowed under capture.
+_launched: set[tuple[object, ...]] = set()
 
 
 def _can_wait(x: Tensor) -> bool:
@@ -457,13 +468,16 @@ def margin_loss(
             **together,
         )
 
-    if _is_for_one_program(tiles, options):
+    size = (teacher.device, teacher.dtype, batch, classes, detach_min)
+    if _is_for_one_program(tiles, classes, options):
         launch(1, BOTH)
-    elif teacher.numel() <= TOGETHER and _can_wait(teacher):
+    elif teacher.numel() <= TOGETHER and size in _launched and _can_wait(teacher):
         launch(min(tiles, MAX_TOGETHER), BOTH, next(_launches), launch_cooperative_grid=True)
     else:
         launch(min(tiles, MAX_PROGRAMS), ROW_VALUES)
-        launch(min(tiles, MAX_PROGRAMS), BATCH_AND_GRADIENTS)
+        # Each sums the whole batch: not too many.
+        launch(min(tiles, MAX_TOGETHER), BATCH_AND_GRADIENTS)
+        _launched.add(size)
 
 
 def entropy_distillation(
@@ -493,7 +507,7 @@ def entropy_distillation(
             **options,
         )
 
-    if _is_for_one_program(tiles, options):
+    if _is_for_one_program(tiles, classes, options):
         launch(1, BOTH)
     else:
         launch(min(tiles, MAX_PROGRAMS), ROW_VALUES)

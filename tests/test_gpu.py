@@ -53,8 +53,11 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+#: Every variant is compiled: 16-bit dtypes have two of the shapes.
+CASES = [(shape, dtype) for shape in SHAPES for dtype in (DTYPES if shape in SHAPES[:2] else DTYPES[:1])]
+
+
+@pytest.mark.parametrize("shape,dtype", CASES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", list(OPERATORS))
 def test_kernel_equals_the_reference(
@@ -69,6 +72,22 @@ def test_kernel_equals_the_reference(
         again = call(kernel, op, args)
     for one, other in zip(got, again, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (3, 5, 7, 9), (2, 0, 3, 3)], ids=str)
+@pytest.mark.parametrize("axis", [None, 0, 2])
+def test_fake_quantize_along_other_axes(gpu_backend: str, shape: tuple[int, ...], axis: int | None) -> None:
+    random = torch.Generator("cuda").manual_seed(0)
+    x, grad = torch.randn(2, *shape, generator=random, device="cuda")
+    channels = 1 if axis is None else shape[axis]
+    scale = torch.rand(channels, generator=random, device="cuda") * 0.3 + 0.05
+    zero_point = torch.randint(0, 16, (channels,), generator=random, device="cuda").int()
+    kernels = dispatch.BACKENDS[gpu_backend].KERNELS
+    for op, args in (
+        ("fake_quantize", (x, scale, zero_point, 4, axis)),
+        ("fake_quantize_backward", (grad, x, scale, zero_point, 4, axis)),
+    ):
+        assert_right(op, call(kernels[op], op, args), args)
 
 
 @pytest.mark.parametrize("op", ["fake_quantize", "fake_quantize_backward", "dynamic_fake_quantize", "bn_match_forward"])
@@ -146,7 +165,7 @@ def test_opcheck(gpu_backend: str, op: str) -> None:
         torch.library.opcheck(operator, arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda"))
 
 
-@pytest.mark.parametrize("name", ["affine", "bn_match_forward", "losses", "weights"])
+@pytest.mark.parametrize("name", ["affine", "bn_match", "bn_match_forward", "losses", "quantizers", "weights"])
 def test_functions_compile_into_one_graph(name: str) -> None:
     torch._dynamo.reset()
     channel = [torch.rand(5, device="cuda") + 0.1 for _ in range(4)]
@@ -161,6 +180,8 @@ def test_functions_compile_into_one_graph(name: str) -> None:
             F.entropy_distillation(other, x.flatten()[:120].view(6, 20), 5.0),
         ],
         "weights": lambda x: F.foreach_dynamic_fake_quantize([x, x.flatten(1)], 4)[0],
+        "quantizers": lambda x: [F.fake_quantize(x, *step, clip_grad=True), F.dynamic_fake_quantize(x, 4, 1)[0]],
+        "bn_match": lambda x: [F.bn_match(x, *channel[:2])],
     }[name]
     results = []
     for function in (computed, torch.compile(computed, fullgraph=True, backend="aot_eager")):

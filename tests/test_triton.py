@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 TESTS = Path(__file__).parent
 #: Of the examples that the CPU kernels get: the interpreter takes milliseconds for each program.
-SHARE = 0.2
+SHARE = 0.1
 
 
 def _run(*arguments: str) -> None:
@@ -48,7 +48,8 @@ def test_properties(name: str) -> None:
 
 
 def test_operators() -> None:
-    _run("tests/test_ops.py", "-k", "triton")
+    # 16-bit dtypes are the property tests'.
+    _run("tests/test_ops.py", "-k", "triton and not float16")
 
 
 def test_configurations_addresses_and_repetition() -> None:

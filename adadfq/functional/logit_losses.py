@@ -124,8 +124,9 @@ def margin_loss(
         :class:`MarginLoss`; scalars in nats, float32 (float64 for float64); gradients reach both logits.
 
     Raises:
-        InvalidInputError: shapes, bounds or, for CPU tensors, a label out of range. For other devices a label out of
-            range fails an assertion on the device.
+        InvalidInputError: shapes, bounds or, for CPU tensors, a label out of range. On other devices, for which finding
+            out would be waiting, such a label makes the losses NaN (Triton) or fails an assertion on the device
+            (reference).
     """
     checks.check_logits(teacher_logits, student_logits)
     checks.check_labels(labels, teacher_logits)

@@ -45,8 +45,9 @@ def qparams(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     levels = 2**bits - 1
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    # By a tensor: on a GPU PyTorch multiplies by the reciprocal of a number, which rounds twice.
+    scale = (hi - lo) / torch.full_like(hi, levels)
     # Dividing each infinite end by itself would differ between devices: NaN is made explicit.
-    scale = (hi - lo) / levels
     scale = torch.where(scale.isinf(), torch.nan, scale)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     zero_point = torch.round(-lo / scale).clamp(0, levels)
