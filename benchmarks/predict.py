@@ -45,6 +45,8 @@ LAUNCH_US = 2.0
 MAIN_SHARE = 0.05
 #: Kernels that go over all elements twice in one launch, the second time from a cache.
 _TWO_PASSES = ("rows_kernel",)
+#: Of a loss's launch: both phases in one.
+_BOTH_PHASES = 3
 
 
 def chosen() -> list[Case]:
@@ -201,8 +203,14 @@ def _launch(launch: Any, case: Case, gpu: Gpu, is_main: bool) -> dict[str, Any]:
     resources = launch.resources
     instructions = 0.0
     if is_main:
-        passes = 2 if launch.name in _TWO_PASSES else 1
-        instructions = sass.per_element(launch.listing, launch.threads, case.numel, launch.nbytes / case.numel, passes)
+        twice = launch.name in _TWO_PASSES or launch.options.get("PHASES") == _BOTH_PHASES
+        passes = 2 if twice else 1
+        programs, turns = launch.threads // (32 * launch.warps), 0
+        if case.op in LOGIT_LOSSES:
+            tiles = -(-case.shapes[0][0] // launch.options["ROWS"])
+            turns = -(-tiles // programs)
+        bytes_per_element = launch.nbytes / case.numel
+        instructions = sass.per_element(launch.listing, launch.threads, case.numel, bytes_per_element, passes, turns)
     return {
         "kernel": launch.name,
         "programs": launch.threads // (32 * launch.warps),

@@ -87,15 +87,29 @@ def outside(listing: Listing) -> int:
     return longest[0]
 
 
-def per_element(listing: Listing, threads: int, numel: int, bytes_per_element: float, passes: int = 1) -> float:
+def around(listing: Listing) -> int:
+    """Instructions in loops that hold other loops, without those."""
+    spans = _spans(listing)
+    inner = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
+
+    def is_in(address: int, places: list[tuple[int, int]]) -> bool:
+        return any(first <= address <= last for first, last in places)
+
+    return sum(is_in(address, spans) and not is_in(address, inner) for address, _ in listing)
+
+
+def per_element(
+    listing: Listing, threads: int, numel: int, bytes_per_element: float, passes: int = 1, turns: int = 0
+) -> float:
     """Instructions of all threads for one of `numel` elements.
 
     Args:
         bytes_per_element: what the kernel moves for an element, and so a round of its loop.
         passes: 2 where a loop that only loads goes over all elements before the one that stores does.
+        turns: how often a thread goes round the loops that hold other loops.
     """
     found = loops(listing)
-    once = outside(listing) * threads / numel
+    once = (outside(listing) + turns * around(listing)) * threads / numel
     if not found:
         return once
 

@@ -937,6 +937,13 @@ def test_a_pass_that_only_reads_counts_too() -> None:
     assert two - one == pytest.approx(3 / 4)
 
 
+def test_loops_around_others_count_by_their_turns() -> None:
+    listing = [*LISTING[:-3], (0xD0, "@P3 BRA 0x10"), *LISTING[-2:]]
+    assert sass.around(listing) == 9  # 0x10 to 0xd0 without the loop at 0x80
+    none, some = (sass.per_element(listing, 64, 1024, 8.0, turns=turns) for turns in (0, 5))
+    assert some - none == 5 * 9 / 16
+
+
 @pytest.mark.parametrize("case", predict.chosen(), ids=lambda case: case.name)
 def test_a_prediction_calls_the_operator(case: Case) -> None:
     op, args = predict._call(case)
