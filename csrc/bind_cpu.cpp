@@ -12,6 +12,7 @@
 #include "cpu/fake_quantize.h"
 #include "cpu/logit_losses.h"
 #include "cpu/observe_fake_quantize.h"
+#include "cpu/packing.h"
 
 namespace py = pybind11;
 
@@ -91,6 +92,21 @@ void affine_act_fake_quantize_backward(Address grad, Address x, Address scale, A
       DType(dtype), threads);
 }
 
+void quantize_pack(Address x, Address scale, Address zero_point, Address packed, int64_t outer,
+                   int64_t channels, int64_t inner, int bits, int dtype, int threads) {
+  adadfq::quantize_pack(at_address(x), at_address<float>(scale), at_address<int32_t>(zero_point),
+                        at_address<uint8_t>(packed), Layout{outer, channels, inner}, bits,
+                        DType(dtype), threads);
+}
+
+void unpack_dequantize(Address packed, Address scale, Address zero_point, Address out,
+                       int64_t outer, int64_t channels, int64_t inner, int bits, int dtype,
+                       int threads) {
+  adadfq::unpack_dequantize(at_address<uint8_t>(packed), at_address<float>(scale),
+                            at_address<int32_t>(zero_point), at_address(out),
+                            Layout{outer, channels, inner}, bits, DType(dtype), threads);
+}
+
 // y, weight and bias may be 0.
 void bn_match(Address x, Address running_mean, Address running_var, Address weight, Address bias,
               double eps, Address y, Address loss, Address mean, Address var, int64_t outer,
@@ -152,6 +168,8 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("affine_act_fake_quantize", &affine_act_fake_quantize, nogil);
   m.def("affine_act_quantize", &affine_act_quantize, nogil);
   m.def("affine_act_fake_quantize_backward", &affine_act_fake_quantize_backward, nogil);
+  m.def("quantize_pack", &quantize_pack, nogil);
+  m.def("unpack_dequantize", &unpack_dequantize, nogil);
   m.def("bn_match", &bn_match, nogil);
   m.def("bn_match_backward", &bn_match_backward, nogil);
   m.def("margin_loss", &margin_loss, nogil);

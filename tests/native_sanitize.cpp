@@ -10,12 +10,14 @@
 #include <limits>
 #include <memory>
 
+#include "../csrc/common/packing.h"
 #include "../csrc/cpu/affine_act_fake_quantize.h"
 #include "../csrc/cpu/bn_match.h"
 #include "../csrc/cpu/dynamic_fake_quantize.h"
 #include "../csrc/cpu/fake_quantize.h"
 #include "../csrc/cpu/logit_losses.h"
 #include "../csrc/cpu/observe_fake_quantize.h"
+#include "../csrc/cpu/packing.h"
 
 namespace {
 
@@ -217,6 +219,36 @@ void drive_affine(const Layout& layout, DType dtype, int threads) {
   }
 }
 
+void drive_packing(const Layout& layout, DType dtype, int threads) {
+  const int64_t n = layout.elements();
+  Values x(n, dtype), want(n, dtype), out(n, dtype);
+  Floats scale(layout.channels);
+  std::unique_ptr<int32_t[]> zero_point(new int32_t[layout.channels]);
+  x.fill();
+  for (int bits = 2; bits <= 8; ++bits) {
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      scale.set(c, 0.05f + std::fabs(random_float()) / 16);
+      zero_point[c] = static_cast<int32_t>(c % (1 << bits));
+    }
+    const int64_t bytes = packed_bytes(n, bits);
+    std::unique_ptr<uint8_t[]> packed(new uint8_t[bytes]);
+    std::fill_n(packed.get(), bytes, 255);
+    quantize_pack(x.data(), scale.floats(), zero_point.get(), packed.get(), layout, bits, dtype,
+                  threads);
+    if (const int used = static_cast<int>(n * bits % 8)) {
+      expect(packed[bytes - 1] >> used == 0, "unused bits of quantize_pack", layout, dtype);
+    }
+    unpack_dequantize(packed.get(), scale.floats(), zero_point.get(), out.data(), layout, bits,
+                      dtype, threads);
+    fake_quantize(x.data(), scale.floats(), zero_point.get(), want.data(), layout, bits, dtype,
+                  threads);
+    for (int64_t i = 0; i < n; ++i) {
+      expect(out.get(i) == want.get(i), "unpack_dequantize", layout, dtype);
+      if (failures > 5) return;
+    }
+  }
+}
+
 void drive_bn_match(const Layout& layout, DType dtype, int threads) {
   Values x(layout.elements(), dtype), grad_y(layout.elements(), dtype),
       out(layout.elements(), dtype), y(layout.elements(), dtype);
@@ -284,6 +316,7 @@ int main() {
         drive_dynamic(layout, dtype, threads);
         drive_observe(layout, dtype, threads);
         drive_affine(layout, dtype, threads);
+        drive_packing(layout, dtype, threads);
         drive_bn_match(layout, dtype, threads);
       }
       for (const int64_t batch : {1, 7, 33}) {

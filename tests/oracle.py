@@ -6,6 +6,7 @@ Everything is differentiable by autograd, so that gradients have an independent 
 from __future__ import annotations
 
 import math
+import struct
 from decimal import Decimal, localcontext
 
 import torch
@@ -127,3 +128,39 @@ def margin_loss(
 
 def student_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     return -(temperature**2) * entropy((teacher - student) / temperature).mean()
+
+
+def whole_steps(x: float, scale: float, double: bool = False) -> int | None:
+    """x / scale rounded to an integer, half to even, cut off far outside all codes; None for NaN.
+
+    The quotient is rounded to float32 first, or is float64's with `double`: two float32 divided in float64 and rounded
+    to float32 are their quotient in float32.
+    """
+    steps = x / scale
+    if math.isnan(steps):
+        return None
+    steps = min(max(steps, -(2.0**20)), 2.0**20)
+    return round(steps if double else struct.unpack("f", struct.pack("f", steps))[0])
+
+
+def codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> list[int]:
+    """The code of every element of `x` in row-major order, 0 for NaN; channels are along `axis`."""
+    view = [1] * x.dim() if axis is None else [-1 if d == axis else 1 for d in range(x.dim())]
+    each = [t.reshape(view).expand(x.shape).reshape(-1).tolist() for t in (scale, zero_point)]
+    found = []
+    for value, s, z in zip(x.reshape(-1).tolist(), *each, strict=True):
+        steps = whole_steps(value, s, x.dtype == torch.float64)
+        found.append(0 if steps is None else min(max(steps + z, 0), 2**bits - 1))
+    return found
+
+
+def pack(codes: list[int], bits: int) -> bytes:
+    """A stream of `bits`-bit codes as one binary number, whose last digits are the first code."""
+    digits = "".join(f"{code:0{bits}b}" for code in reversed(codes))
+    return int("0" + digits, 2).to_bytes((len(digits) + 7) // 8, "little")
+
+
+def unpack(packed: bytes, bits: int, count: int) -> list[int]:
+    """The first `count` codes of a stream."""
+    digits = f"{int.from_bytes(packed, 'little'):0{8 * len(packed)}b}"[::-1]
+    return [int(digits[i * bits : (i + 1) * bits][::-1], 2) for i in range(count)]

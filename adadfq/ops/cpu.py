@@ -222,6 +222,40 @@ def _affine_act(
     return out
 
 
+def quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """See :func:`adadfq.ops.reference.quantize_pack`; equal to it."""
+    op = "quantize_pack"
+    packed = torch.empty(reference.packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+    if x.numel() == 0:
+        return packed
+    # The stream's order is that of a contiguous tensor.
+    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE).contiguous()
+    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
+    _call(op, x, x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), packed.data_ptr(), *layout, bits)
+    return packed
+
+
+def unpack_dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    shape: list[int],
+    axis: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`adadfq.ops.reference.unpack_dequantize`; equal to it bit for bit."""
+    op = "unpack_dequantize"
+    reference.check_packed(packed, shape, bits)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    if out.numel() == 0:
+        return out
+    out, scale, zero_point, layout = native_args.quantizer(op, out, scale, zero_point, bits, axis, DEVICE_TYPE)
+    packed = native_args.vector(op, "packed", packed, packed.numel(), torch.uint8, out.device)
+    _call(op, out, packed.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr(), *layout, bits)
+    return out
+
+
 def affine_act_fake_quantize_backward(
     grad: Tensor,
     x: Tensor,
@@ -497,6 +531,8 @@ KERNELS = {
     "observe_fake_quantize": observe_fake_quantize,
     "affine_act_fake_quantize": affine_act_fake_quantize,
     "affine_act_quantize": affine_act_quantize,
+    "quantize_pack": quantize_pack,
+    "unpack_dequantize": unpack_dequantize,
     "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,

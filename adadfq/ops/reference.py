@@ -7,6 +7,7 @@ even; nothing here waits for the device except the label check, which is made on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -221,6 +222,56 @@ def affine_act_quantize(
     return out.copy_(torch.where(code.isnan(), 0, code))
 
 
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def check_packed(packed: Tensor, shape: Sequence[int], bits: int) -> None:
+    """Refuse what is not as many bytes as the codes of a tensor of `shape` take.
+
+    Raises:
+        InvalidInputError: `packed` is not uint8, has another number of dimensions than one, or another size.
+    """
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise InvalidInputError(f"packed must be torch.uint8 [n], got {packed.dtype} {list(packed.shape)}")
+    if packed.numel() != (expected := packed_bytes(math.prod(shape), bits)):
+        raise InvalidInputError(
+            f"packed must hold {expected} bytes, {bits} bits for each element of shape {list(shape)}, got "
+            f"{packed.numel()} bytes"
+        )
+
+
+def quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """Codes clamp(round(x / scale) + zero_point, 0, 2^bits - 1), 0 for NaN, as a stream of bits, lowest first."""
+    scale = _per_axis(scale, x.dim(), axis)
+    zero_point = _per_axis(zero_point, x.dim(), axis).to(scale.dtype)
+    code = (torch.round(_compute(x) / scale) + zero_point).clamp(0, 2**bits - 1)
+    codes = torch.where(code.isnan(), 0, code).to(torch.uint8).reshape(-1, 1)
+    stream = (codes >> torch.arange(bits, dtype=torch.uint8, device=x.device)) & 1
+    in_bytes = torch.nn.functional.pad(stream.reshape(-1), (0, -stream.numel() % 8)).view(-1, 8)
+    return (in_bytes << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    shape: list[int],
+    axis: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(code - zero_point) * scale for the codes of :func:`quantize_pack`: :func:`fake_quantize` of what had no NaN."""
+    check_packed(packed, shape, bits)
+    scale = _per_axis(scale, len(shape), axis)
+    zero_point = _per_axis(zero_point, len(shape), axis).to(scale.dtype)
+    stream = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    in_codes = stream.reshape(-1)[: math.prod(shape) * bits].view(-1, bits)
+    codes = (in_codes << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(1, dtype=torch.uint8)
+    return ((codes.view(shape).to(scale.dtype) - zero_point) * scale).to(dtype)
+
+
 def affine_act_fake_quantize_backward(
     grad: Tensor,
     x: Tensor,
@@ -429,6 +480,8 @@ KERNELS = {
     "observe_fake_quantize": observe_fake_quantize,
     "affine_act_fake_quantize": affine_act_fake_quantize,
     "affine_act_quantize": affine_act_quantize,
+    "quantize_pack": quantize_pack,
+    "unpack_dequantize": unpack_dequantize,
     "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,

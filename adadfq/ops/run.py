@@ -19,7 +19,7 @@ from adadfq.ops.schema import OPERATORS
 
 _OVERLOADS = {name: getattr(torch.ops.adadfq, name).default for name in OPERATORS}
 _TENSORS = frozenset({Tensor, nn.Parameter})
-_SETTINGS = frozenset({bool, int, float, str, type(None)})
+_SETTINGS = frozenset({bool, int, float, str, torch.dtype, type(None)})
 
 
 def _is_watched() -> bool:

@@ -10,10 +10,15 @@ None: one element, with or without a dimension); the gradient, or the student's 
 main tensor; logits are [B, K] with B, K >= 1 and labels int64 [B]; running statistics and the parameters of an affine
 map have the compute dtype and shape [C], with channels in dimension 1; `residual` has the dtype and shape of `x`; the
 tensors of a list have one dtype; the state of an activation range has one element each (float32, num_batches int64,
-zero_point int32). Layout is free.
+zero_point int32); `packed` is uint8 and one-dimensional, and holds as many codes as `shape` has elements. Layout is
+free.
 
 Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales and losses have it; batch
 statistics are float64. Outputs shaped like an input have its dtype and, where it is dense, its strides.
+
+Packed codes are a bit stream: the `bits`-bit code of element i, in row-major order whatever the strides, is bits
+[i * bits, (i + 1) * bits), lowest first; bit j of the stream is bit j % 8 of byte j // 8; the last byte's unused bits
+are 0. What is unpacked is contiguous.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adadfq.ops import dispatch
+from adadfq.ops import dispatch, reference
 
 LIBRARY = torch.library.Library("adadfq", "DEF")
 
@@ -97,6 +102,22 @@ def _affine_act_quantize(
     bits: int,
 ) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
+
+
+def _quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    return x.new_empty((reference.packed_bytes(x.numel(), bits),), dtype=torch.uint8)
+
+
+def _unpack_dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    shape: list[int],
+    axis: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
 
 
 def _affine_act_fake_quantize_backward(
@@ -211,6 +232,15 @@ OPERATORS = {
         "(Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, Tensor act_scale, Tensor act_zero_point, "
         "int bits) -> Tensor",
         _affine_act_quantize,
+    ),
+    "quantize_pack": (
+        "(Tensor x, Tensor scale, Tensor zero_point, int bits, int? axis=None) -> Tensor",
+        _quantize_pack,
+    ),
+    "unpack_dequantize": (
+        "(Tensor packed, Tensor scale, Tensor zero_point, int bits, SymInt[] shape, int? axis, ScalarType dtype) -> "
+        "Tensor",
+        _unpack_dequantize,
     ),
     "affine_act_fake_quantize_backward": (
         "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, bool need_residual, "

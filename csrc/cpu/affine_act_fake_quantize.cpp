@@ -16,10 +16,10 @@
 // Time: python -m benchmarks ops --ops affine_act_fake_quantize
 #include "affine_act_fake_quantize.h"
 
-#include <limits>
 #include <type_traits>
 #include <vector>
 
+#include "../common/activation.h"
 #include "../common/quantizer.h"
 #include "channel_sums.h"
 #include "dispatch_dtype.h"
@@ -29,29 +29,16 @@
 namespace adadfq {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
 // What follows the affine map: a clamp, and the quantiser's scale and code bounds.
 struct Tail {
-  float act_lo, act_hi;
+  ActBounds act;
   float scale, code_lo, code_hi;
 };
 
 Tail tail_of(Act act, const float* scale, const int32_t* zero_point, int bits) {
   const CodeBounds bounds =
       scale ? code_bounds(*zero_point, max_code(bits)) : CodeBounds{0.0f, 0.0f};
-  return {act == Act::kNone ? -kInf : 0.0f, act == Act::kRelu6 ? 6.0f : kInf, scale ? *scale : 1.0f,
-          bounds.lo, bounds.hi};
-}
-
-// The activation is flat at u <= lo and at u >= hi; NaN: nowhere on that side.
-struct Flat {
-  float lo, hi;
-};
-
-Flat flat_of(Act act) {
-  return {act == Act::kNone ? kNaN : 0.0f, act == Act::kRelu6 ? 6.0f : kNaN};
+  return {act_bounds(static_cast<int>(act)), scale ? *scale : 1.0f, bounds.lo, bounds.hi};
 }
 
 // What is stored for act(u): x_hat, or its code as uint8_t, which cannot hold NaN.
@@ -75,7 +62,7 @@ ADADFQ_INLINE void apply(const T* ADADFQ_RESTRICT x, const T* ADADFQ_RESTRICT re
   for (int64_t i = 0; i < n; ++i) {
     float u = to_float(x[i]) * at(scale, i) + at(shift, i);
     if (kResidual) u += to_float(residual[i]);
-    out[i] = finish<kQuantise, Out>(clamp_keep_nan(u, t.act_lo, t.act_hi), t);
+    out[i] = finish<kQuantise, Out>(activation(u, t.act), t);
   }
 }
 
@@ -102,7 +89,7 @@ struct Gradients {
   T* grad_residual;
   const float* scale;  // one a channel, or a column
   const float* shift;
-  Flat flat;
+  ActBounds flat;
 };
 
 // du of element i, its share of grad_x written.
@@ -110,10 +97,10 @@ template <bool kResidual, bool kWriteResidual, typename T, typename Params>
 ADADFQ_INLINE float gradient_at(const T* ADADFQ_RESTRICT grad, const T* ADADFQ_RESTRICT x,
                                 const T* ADADFQ_RESTRICT residual, T* ADADFQ_RESTRICT grad_x,
                                 T* ADADFQ_RESTRICT grad_residual, int64_t i, Params scale,
-                                Params shift, Flat flat) {
+                                Params shift, ActBounds flat) {
   float u = to_float(x[i]) * at(scale, i) + at(shift, i);
   if (kResidual) u += to_float(residual[i]);
-  const float du = (u <= flat.lo) | (u >= flat.hi) ? 0.0f : to_float(grad[i]);
+  const float du = activation_gradient(to_float(grad[i]), u, flat);
   grad_x[i] = from_float<T>(du * at(scale, i));
   if (kWriteResidual) grad_residual[i] = from_float<T>(du);
   return du;
@@ -128,7 +115,7 @@ ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n
   T* ADADFQ_RESTRICT grad_x = g.grad_x + begin;
   T* ADADFQ_RESTRICT grad_residual = kWriteResidual ? g.grad_residual + begin : nullptr;
   const float scale = g.scale[c], shift = g.shift[c];
-  const Flat flat = g.flat;
+  const ActBounds flat = g.flat;
   // In two steps: sums kept in lanes do not stay in registers beside all these pointers.
   float du[kPieceElements];
 #pragma omp simd
@@ -155,7 +142,7 @@ ADADFQ_INLINE void tile_gradients(const Gradients<T>& g, int64_t begin, int64_t 
   float* ADADFQ_RESTRICT second = kSums ? scratch + columns : nullptr;
   const float* ADADFQ_RESTRICT scale = g.scale;
   const float* ADADFQ_RESTRICT shift = g.shift;
-  const Flat flat = g.flat;
+  const ActBounds flat = g.flat;
   for (int64_t i = 0; kSums && i < 2 * columns; ++i) scratch[i] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = begin + r * columns;
@@ -317,7 +304,7 @@ void affine_act_fake_quantize_backward(const void* grad, const void* x, const fl
                          static_cast<T*>(grad_residual),
                          scales.data(),
                          shifts.data(),
-                         flat_of(act)};
+                         flat_bounds(static_cast<int>(act))};
     if (!grad_scale) {
       parallel_for(
           walk.units, useful_threads(layout.elements(), threads), 1,

@@ -49,43 +49,67 @@ ChannelParams<N> stretch(const ChannelParams<N>& params, const Layout& layout, i
   return out;
 }
 
-// Calls, over all elements and in parallel,
-//   row(begin, n, values)         n elements from `begin` on, all of one channel with these N
-//                                 parameters, or
-//   pattern(begin, n, pointers)   n elements from `begin` on, the i-th with pointers[p][i].
-template <size_t N, typename Row, typename Pattern>
-void for_each_segment(const Layout& layout, const ChannelParams<N>& params, int threads,
-                      const Row& row, const Pattern& pattern) {
-  const int64_t n = layout.elements(), inner = layout.inner, period = layout.channels * inner;
-  constexpr int64_t kAlign = 64;  // elements: threads then share no cache line of the output
-  threads = useful_threads(n, threads);
-
-  if (inner >= kRowElements || (inner > 1 && period > kLargestPattern)) {
-    parallel_for(n, threads, kAlign, [&](int64_t begin, int64_t end) {
-      int64_t channel = begin / inner % layout.channels;
-      for (int64_t stop = (begin / inner + 1) * inner; begin < end; begin = stop, stop += inner) {
-        row(begin, std::min(stop, end) - begin, params.at(channel));
-        channel = channel + 1 == layout.channels ? 0 : channel + 1;
-      }
-    });
-    return;
+// Any range of a tensor's elements in pieces whose parameters are at hand: rows of one channel
+// where these are long, else whatever there is, beside the parameters in memory order.
+template <size_t N>
+class Segments {
+ public:
+  // `params` must outlive this.
+  Segments(const Layout& layout, const ChannelParams<N>& params)
+      : layout_(layout), period_(layout.channels * layout.inner), params_(params), stretched_(0) {
+    rows_ = layout.inner >= kRowElements || (layout.inner > 1 && period_ > kLargestPattern);
+    if (rows_) return;
+    const int64_t n = layout.elements();
+    const int64_t repeats =
+        std::max<int64_t>(1, std::min((kPatternElements + period_ - 1) / period_, n / period_));
+    as_is_ = layout.inner == 1 && repeats == 1;
+    if (!as_is_) stretched_ = stretch(params, layout, repeats);
+    length_ = repeats * period_;
   }
 
-  const int64_t repeats =
-      std::max<int64_t>(1, std::min((kPatternElements + period - 1) / period, n / period));
-  const bool as_is = inner == 1 && repeats == 1;
-  const ChannelParams<N> stretched = as_is ? ChannelParams<N>(0) : stretch(params, layout, repeats);
-  const ChannelParams<N>& values = as_is ? params : stretched;
-  const int64_t length = repeats * period;
-  parallel_for(n, threads, kAlign, [&](int64_t begin, int64_t end) {
-    for (int64_t phase = begin % length; begin < end; phase = 0) {
-      const int64_t count = std::min(length - phase, end - begin);
+  // Calls, from element `begin` to `end` and in order,
+  //   row(i, n, values)         n elements from the i-th on, all of one channel with these N
+  //                             parameters, or
+  //   pattern(i, n, pointers)   n elements from the i-th on, the j-th of them with pointers[p][j].
+  template <typename Row, typename Pattern>
+  void walk(int64_t begin, int64_t end, const Row& row, const Pattern& pattern) const {
+    if (rows_) {
+      const int64_t inner = layout_.inner;
+      int64_t channel = begin / inner % layout_.channels;
+      for (int64_t stop = (begin / inner + 1) * inner; begin < end; begin = stop, stop += inner) {
+        row(begin, std::min(stop, end) - begin, params_.at(channel));
+        channel = channel + 1 == layout_.channels ? 0 : channel + 1;
+      }
+      return;
+    }
+    const ChannelParams<N>& values = as_is_ ? params_ : stretched_;
+    for (int64_t phase = begin % length_; begin < end; phase = 0) {
+      const int64_t count = std::min(length_ - phase, end - begin);
       std::array<const float*, N> pointers;
       for (size_t p = 0; p < N; ++p) pointers[p] = values.each[p].data() + phase;
       pattern(begin, count, pointers);
       begin += count;
     }
-  });
+  }
+
+ private:
+  const Layout layout_;
+  const int64_t period_;
+  const ChannelParams<N>& params_;
+  ChannelParams<N> stretched_;
+  bool rows_, as_is_ = false;
+  int64_t length_ = 0;
+};
+
+// Segments::walk over all elements, in parallel.
+template <size_t N, typename Row, typename Pattern>
+void for_each_segment(const Layout& layout, const ChannelParams<N>& params, int threads,
+                      const Row& row, const Pattern& pattern) {
+  const Segments<N> segments(layout, params);
+  const int64_t n = layout.elements();
+  constexpr int64_t kAlign = 64;  // elements: threads then share no cache line of the output
+  parallel_for(n, useful_threads(n, threads), kAlign,
+               [&](int64_t begin, int64_t end) { segments.walk(begin, end, row, pattern); });
 }
 
 }  // namespace adadfq

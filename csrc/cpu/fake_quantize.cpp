@@ -10,30 +10,12 @@
 // Time: python -m benchmarks ops --ops fake_quantize,fake_quantize_
 #include "fake_quantize.h"
 
-#include "../common/quantizer.h"
+#include "code_params.h"
 #include "dispatch_dtype.h"
 #include "huge_pages.h"
 #include "quantize_loops.h"
 
 namespace adadfq {
-namespace {
-
-// Scale, smallest and largest x / scale that has a code.
-ChannelParams<3> code_params(const float* scale, const int32_t* zero_point, int64_t channels,
-                             int bits) {
-  ChannelParams<3> params(channels);
-  const int32_t qmax = max_code(bits);
-  for (int64_t c = 0; c < channels; ++c) {
-    const CodeBounds bounds = code_bounds(zero_point[c], qmax);
-    params.each[0][c] = scale[c];
-    params.each[1][c] = bounds.lo;
-    params.each[2][c] = bounds.hi;
-  }
-  return params;
-}
-
-}  // namespace
-
 void fake_quantize(const void* x, const float* scale, const int32_t* zero_point, void* out,
                    const Layout& layout, int bits, DType dtype, int threads) {
   const ChannelParams<3> params = code_params(scale, zero_point, layout.channels, bits);

@@ -1,11 +1,8 @@
 // The range of an activation: a debiased moving average of batch minima and maxima, and fake
 // quantisation over it.
 //
-//   lo, hi      = min x, max x
-//   num_batches = n            rate = (1 - momentum) / (1 - momentum^n)
-//   running    += rate (end - running)             for both ends, in double
-//   scale, zero_point = qparams_from_range(running_min, running_max)
-//   x_hat       = fake_quantize(x, scale, zero_point)
+//   the range moves by min x and max x             csrc/common/range_update.h
+//   x_hat = fake_quantize(x, scale, zero_point)
 //
 // The scale needs the whole of x, so x is read twice. Each thread goes through its part forwards
 // for the range and backwards to quantise, so that what the cache still holds is not read from
@@ -15,7 +12,6 @@
 // Time: python -m benchmarks ops --ops observe_fake_quantize
 #include "observe_fake_quantize.h"
 
-#include <cmath>
 #include <mutex>
 
 #include "../common/quantizer.h"
@@ -29,22 +25,6 @@ namespace adadfq {
 namespace {
 
 constexpr int64_t kBlock = 16384;  // elements a step backwards
-
-float moved(float running, float end, double rate) {
-  const double past = static_cast<double>(running);
-  return static_cast<float>(past + rate * (static_cast<double>(end) - past));
-}
-
-void update(const RangeState& state, const Range& batch, int bits, double momentum) {
-  const double n = static_cast<double>(++*state.num_batches);
-  double rate = 1;
-  if (momentum > 0) rate = std::expm1(std::log(momentum)) / std::expm1(std::log(momentum) * n);
-  *state.running_min = moved(*state.running_min, batch.lo, rate);
-  *state.running_max = moved(*state.running_max, batch.hi, rate);
-  const QParams q = qparams_from_range(*state.running_min, *state.running_max, bits);
-  *state.scale = q.scale;
-  *state.zero_point = q.zero_point;
-}
 
 }  // namespace
 
@@ -65,7 +45,8 @@ void observe_fake_quantize(const void* x, void* out, int64_t n, const RangeState
       const std::lock_guard<std::mutex> lock(joining);
       batch.join(part);
     });
-    update(state, batch.with_nan(), bits, momentum);
+    const Range ends = batch.with_nan();
+    finish_update(state, next_update(state, momentum_of(momentum)), {ends.lo, ends.hi}, bits);
     const CodeBounds bounds = code_bounds(*state.zero_point, max_code(bits));
     const float scale = *state.scale;
     parallel_for(n, threads, kAlign, [&](int64_t begin, int64_t end) {

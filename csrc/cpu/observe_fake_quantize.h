@@ -5,17 +5,9 @@
 #include <cstdint>
 
 #include "../common/dtype.h"
+#include "../common/range_update.h"
 
 namespace adadfq {
-
-// State of an activation range, one value each.
-struct RangeState {
-  float* running_min;
-  float* running_max;
-  int64_t* num_batches;
-  float* scale;
-  int32_t* zero_point;
-};
 
 // x, out: n values of `dtype`, n >= 1, may be the same memory. Updates the state.
 void observe_fake_quantize(const void* x, void* out, int64_t n, const RangeState& state, int bits,

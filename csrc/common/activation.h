@@ -1,0 +1,41 @@
+// What follows an affine map: residual, activation.
+#ifndef ADADFQ_COMMON_ACTIVATION_H_
+#define ADADFQ_COMMON_ACTIVATION_H_
+
+#include "quantizer.h"
+
+namespace adadfq {
+
+// Bounds of an activation; infinite where there is none.
+struct ActBounds {
+  float lo;
+  float hi;
+};
+
+// act: 0 none, 1 ReLU, 2 ReLU6, as in adadfq/ops/reference.py.
+inline ActBounds act_bounds(int act) {
+  const float infinity = __builtin_huge_valf();
+  return {act == 0 ? -infinity : 0.0f, act == 2 ? 6.0f : infinity};
+}
+
+// Where the activation is flat: at u <= lo and u >= hi. NaN: nowhere on that side.
+inline ActBounds flat_bounds(int act) {
+  const float nowhere = __builtin_nanf("");
+  return {act == 0 ? nowhere : 0.0f, act == 2 ? 6.0f : nowhere};
+}
+
+ADADFQ_HD float affine(float x, float scale, float shift) { return x * scale + shift; }
+
+// NaN stays.
+ADADFQ_HD float activation(float u, ActBounds bounds) {
+  return clamp_keep_nan(u, bounds.lo, bounds.hi);
+}
+
+// What arrives before the activation of the gradient `grad` behind it.
+ADADFQ_HD float activation_gradient(float grad, float u, ActBounds flat) {
+  return (u <= flat.lo) | (u >= flat.hi) ? 0.0f : grad;
+}
+
+}  // namespace adadfq
+
+#endif  // ADADFQ_COMMON_ACTIVATION_H_
