@@ -3,6 +3,10 @@
 Environment:
     ADADFQ_CUDA        0: leave CUDA out. 1: fail where there is no nvcc. Unset: build it where nvcc is found.
     ADADFQ_CUDA_ARCHS  compute capabilities to build for, such as "80;90". Default: those of DEFAULT_ARCHS nvcc knows.
+    MAX_JOBS           how many files to compile at once. Default: the number of CPUs.
+
+Ninja compiles and links: what did not change is left alone, where the build folder and pybind11 are the same as before
+(pip install --no-build-isolation).
 """
 
 from __future__ import annotations
@@ -13,19 +17,27 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, OptionError
-from setuptools.modified import newer_group
+from setuptools.errors import OptionError
 
+sys.path.insert(0, str(Path(__file__).parent))  # which isolated builds leave out
+import ninja_build
+
+CUDA = "adadfq._C_cuda"
+OLDEST_NVCC = (12, 4)
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 # Results must not depend on contraction or reassociation; see csrc/common/quantizer.h.
 CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+# Said by the compiler wherever it happens; tests/test_cuda_build.py takes no such warning.
+NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage"]
+# The static runtime imports on a machine without CUDA, and never meets another runtime's version.
+NVCC_LINK_FLAGS = ["-shared", "-cudart=static"]
 
 
 def find_nvcc(environ: Mapping[str, str], default: Path = Path("/usr/local/cuda")) -> Path | None:
@@ -40,9 +52,9 @@ def find_nvcc(environ: Mapping[str, str], default: Path = Path("/usr/local/cuda"
 
 def choose_archs(requested: str | None, available: Sequence[str]) -> list[str]:
     """Compute capabilities to build for, lowest first: those in `requested` ("80;90"), or the defaults nvcc knows."""
-    if not requested:
-        return [arch for arch in DEFAULT_ARCHS if arch in available]
-    archs = [arch for arch in re.split(r"[;,\s]+", requested.strip()) if arch]
+    archs = [arch for arch in re.split(r"[;,\s]+", requested or "") if arch]
+    if not archs:
+        archs = [arch for arch in DEFAULT_ARCHS if arch in available]
     if unknown := [arch for arch in archs if arch not in available]:
         raise OptionError(
             f"ADADFQ_CUDA_ARCHS: this nvcc has no {', '.join(unknown)}; it has {', '.join(available)}"
@@ -62,11 +74,16 @@ def output_of(command: Sequence[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def run_nvcc(command: Sequence[str]) -> None:
-    """Run nvcc; raises where it fails, for going on without CUDA would be a silent downgrade."""
-    print(" ".join(command), flush=True)
-    if subprocess.run(command).returncode != 0:
-        raise CompileError("adadfq: nvcc failed: fix the CUDA install, or set ADADFQ_CUDA=0 to leave CUDA out")
+def nvcc_version(nvcc: Path) -> str:
+    """Such as "13.0". Raises where it is older than OLDEST_NVCC."""
+    found = re.search(r"release (\d+)\.(\d+)", output_of([str(nvcc), "--version"]))
+    version = found.groups() if found else ("0", "0")
+    if tuple(map(int, version)) < OLDEST_NVCC:
+        raise OptionError(
+            f"adadfq: {nvcc} is of CUDA {'.'.join(version)}, expected {'.'.join(map(str, OLDEST_NVCC))} or newer:"
+            " set CUDA_HOME to one that is, or ADADFQ_CUDA=0 to leave CUDA out"
+        )
+    return ".".join(version)
 
 
 def cuda_decision(environ: Mapping[str, str]) -> tuple[Path | None, str | None]:
@@ -95,7 +112,7 @@ def digest_of_sources(folder: Path = Path("csrc")) -> str:
 
 
 class BuildExt(build_ext):
-    """build_ext that compiles .cu files with nvcc and records what was built in adadfq/_build_info.json."""
+    """build_ext that compiles with g++ and nvcc, and records what was built in adadfq/_build_info.json."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -104,43 +121,53 @@ class BuildExt(build_ext):
         self.nvcc, reason = cuda_decision(os.environ)
         self.info: dict[str, object] = {"cuda_left_out": reason}
         if self.nvcc is None:
-            self.extensions = [ext for ext in self.extensions if ext.name != "adadfq._C_cuda"]
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA]
+        if self.editable_mode:  # pip's is a temporary folder: everything would be compiled every time
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         for ext in self.extensions:
             ext.include_dirs.append(pybind11.get_include())
 
     def run(self) -> None:
+        self.info["sources"] = digest_of_sources()  # now: what is edited meanwhile was not all compiled
         super().run()
         compiler = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
-        self.info["sources"] = digest_of_sources()
         self.info["cxx"] = output_of([compiler[0], "--version"]).splitlines()[0]
         in_place = self.inplace or getattr(self, "editable_mode", False)
         folder = Path("adadfq") if in_place else Path(self.build_lib, "adadfq")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_build_info.json").write_text(json.dumps(self.info, indent=2, sort_keys=True) + "\n")
 
-    def build_extension(self, ext: Extension) -> None:
-        if ext.name == "adadfq._C_cuda":
-            self.build_with_nvcc(ext)
-        else:
-            super().build_extension(ext)
+    def build_extensions(self) -> None:
+        """Compile and link all modules in build_temp by one run of ninja, and copy them from there."""
+        folder = Path(self.build_temp)
+        built = {ext.name: folder / self.get_ext_filename(ext.name) for ext in self.extensions}
+        modules = [ninja_build.Module(built[ext.name], ext.sources, *self.commands(ext)) for ext in self.extensions]
+        ninja_build.build(folder, modules, self.parallel or ninja_build.jobs(os.environ), bool(self.force))
+        for name, path in built.items():
+            target = Path(self.get_ext_fullpath(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(path), str(target))
 
-    def build_with_nvcc(self, ext: Extension) -> None:
-        """Compile and link `ext` with nvcc, which knows where its headers and libraries are, wherever it is itself."""
-        nvcc, target = str(self.nvcc), Path(self.get_ext_fullpath(ext.name))
+    def commands(self, ext: Extension) -> tuple[list[str], list[str]]:
+        """What compiles a source of `ext`, and what links its objects."""
+        includes = [f"-I{folder}" for folder in (*ext.include_dirs, *self.include_dirs)]
+        if ext.name != CUDA:
+            compiler = [*self.compiler.compiler_so_cxx, *includes, *ext.extra_compile_args]
+            # As setuptools does: CXX links too, in the place of the linker that Python was built with.
+            return compiler, [*self.compiler.compiler_cxx, *self.compiler.linker_so_cxx[1:], *ext.extra_link_args]
+        # nvcc compiles the binding too: it knows where its headers and libraries are, wherever it is itself.
+        nvcc, version = str(self.nvcc), nvcc_version(self.nvcc)
         available = re.findall(r"compute_(\d+)\b", output_of([nvcc, "--list-gpu-arch"]))
         archs = choose_archs(os.environ.get("ADADFQ_CUDA_ARCHS"), available)
-        version = re.search(r"release (\S+?),", output_of([nvcc, "--version"]))
-        self.info |= {"cuda_archs": archs, "nvcc": version.group(1) if version else "unknown"}
-        includes = [f"-I{folder}" for folder in (*ext.include_dirs, *self.include_dirs)]
-        objects = []
-        for source in ext.sources:
-            objects.append(str(Path(self.build_temp, source).with_suffix(".o")))
-            Path(objects[-1]).parent.mkdir(parents=True, exist_ok=True)
-            if self.force or newer_group([source, *ext.depends], objects[-1]):
-                run_nvcc([nvcc, *NVCC_FLAGS, *arch_flags(archs), *includes, "-c", source, "-o", objects[-1]])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The static runtime imports on a machine without CUDA, and never meets another runtime's version.
-        run_nvcc([nvcc, "-shared", "-cudart=static", *objects, "-o", str(target)])
+        self.info |= {"cuda_archs": archs, "nvcc": version}
+        return [nvcc, *NVCC_FLAGS, *arch_flags(archs), *includes], [nvcc, *NVCC_LINK_FLAGS]
+
+    def copy_file(self, source: str, target: str, *args: object, **kwargs: object) -> tuple[str, bool]:
+        """By way of another name: a module is there whole or not at all."""
+        temporary = f"{target}.tmp"
+        copied = super().copy_file(source, temporary, *args, **kwargs)
+        os.replace(temporary, target)
+        return target, copied[1]
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
@@ -153,17 +180,11 @@ def extensions() -> list[Extension]:
     cpu = Extension(
         "adadfq._C_cpu",
         ["csrc/bind_cpu.cpp", *sources("cpu", ".cpp")],
-        depends=HEADERS,
         extra_compile_args=[*CXX_FLAGS, "-fopenmp"],
         extra_link_args=["-fopenmp"],
         language="c++",
     )
-    cuda = Extension(
-        "adadfq._C_cuda",
-        ["csrc/bind_cuda.cpp", *sources("cuda", ".cu")],
-        depends=HEADERS,
-    )
-    return [cpu, cuda]
+    return [cpu, Extension(CUDA, ["csrc/bind_cuda.cpp", *sources("cuda", ".cu")])]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: ops, step, predict, compare, judge, plot, readme, list."""
+"""``python -m benchmarks``: ops, step, predict, resources, compare, judge, routes, plot, readme, list."""
 
 from __future__ import annotations
 
@@ -263,6 +263,28 @@ _file = click.Path(path_type=Path, dir_okay=False)
 
 
 @main.command()
+@_json
+@click.option("--archs", default="", callback=_words, metavar="ARCH,...", help="Only these, such as 80,90.")
+@click.argument("module", type=_file, required=False)
+def resources(json_path: Path | None, archs: tuple[str, ...], module: Path | None) -> None:
+    """Print registers, local and shared memory of every CUDA kernel in a built module (adadfq._C_cuda)."""
+    from benchmarks import resources as usage
+    from benchmarks import store
+    from benchmarks.environment import describe, native_matches, pick_device
+    from benchmarks.report import resources_text
+
+    path = usage.find_module() if module is None else module
+    build = usage.build_info(path)
+    options = {"archs": list(archs), "nvcc": (build or {}).get("nvcc")}
+    environment = describe(pick_device("cpu", 1)) | {"native_matches_sources": native_matches(build)}
+    content = store.document("resources", environment, options)
+    content["rows"] = usage.select(usage.resources(path, usage.find_cuobjdump()), archs)
+    click.echo(resources_text(content["rows"]))
+    if json_path is not None:
+        store.write(json_path, content)
+
+
+@main.command()
 @click.argument("first", type=_file)
 @click.argument("second", type=_file)
 @click.option("--force", is_flag=True, help="Compare files of different machines all the same.")
@@ -293,6 +315,21 @@ def judge(results: Path) -> None:
     click.echo(judged_text(judged))
     if not all(judgement.met for judgement in judged):
         sys.exit(EXIT_WRONG)
+
+
+@main.command()
+@click.argument("results", type=_file, nargs=-1, required=True)
+@click.option(
+    "--out", "path", type=_file, required=True, help="The table, for ADADFQ_ROUTES or adadfq/ops/routes.json."
+)
+def routes(results: tuple[Path, ...], path: Path) -> None:
+    """Choose between cuda and triton, by operator, dtype and size, from files of 'ops --device cuda'."""
+    from benchmarks import routes as table
+    from benchmarks import store
+
+    content = table.build([store.read(result) for result in results])
+    table.write(path, content)
+    click.echo(table.table_text(content))
 
 
 @main.command()

@@ -62,7 +62,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "triton": found["triton"]["version"],
             "cuda": torch.version.cuda,
         },
-        "native_matches_sources": _native_matches(found["build"]),
+        "native_matches_sources": native_matches(found["build"]),
         "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -94,7 +94,8 @@ def digest_of_sources(folder: Path = _ROOT / "csrc") -> str | None:
     return found.hexdigest() if paths else None
 
 
-def _native_matches(build: dict[str, Any] | None) -> bool | None:
+def native_matches(build: dict[str, Any] | None) -> bool | None:
+    """Whether csrc is what `build`, the record of a build, was made from; None where nobody knows."""
     recorded, here = (build or {}).get("sources"), digest_of_sources()
     return None if recorded is None or here is None else recorded == here
 

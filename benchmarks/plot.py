@@ -15,13 +15,14 @@ from benchmarks.cases import TINY
 from benchmarks.environment import machine
 from benchmarks.providers import CLONE, COPY
 from benchmarks.ratios import RIVALS, Row
+from benchmarks.store import TIMED
 
 _MARKERS = {"forward": "o", "backward": "v", "both": "s"}
 
 
 def names(content: dict[str, Any]) -> tuple[str, ...]:
     """The plots of a file; none where no row has a time that was measured."""
-    if content["kind"] == "predictions" or not any(row["status"] == "ok" for row in content["rows"]):
+    if content["kind"] not in TIMED or not any(row["status"] == "ok" for row in content["rows"]):
         return ()
     return ("step",) if content["kind"] == "step" else ("speedup", "roofline")
 

@@ -10,6 +10,7 @@ from adadfq.errors import InvalidInputError
 from adadfq.ops.dispatch import PREFERENCE
 from benchmarks.cases import registry
 from benchmarks.providers import CLONE, COMPILE, COPY, IN_PLACE, INTO, NATIVE, OURS, PLAIN, REFERENCE, UNCHECKED
+from benchmarks.store import TIMED
 
 Row = dict[str, Any]
 
@@ -257,8 +258,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], force: bool = False) 
     """
     if first["kind"] != second["kind"]:
         raise InvalidInputError(f"the files must be of one kind, got {first['kind']} and {second['kind']}")
-    if first["kind"] == "predictions":
-        raise InvalidInputError("predictions hold no times that could be compared: give files of 'ops' or 'step'")
+    if first["kind"] not in TIMED:
+        raise InvalidInputError(f"{first['kind']} hold no times that could be compared: give files of 'ops' or 'step'")
     here, there = first["environment"], second["environment"]
     notes = []
     for key in ("device", "device_name", "cpu"):

@@ -11,6 +11,7 @@ from benchmarks.cases import LOGIT_LOSSES, TINY
 from benchmarks.environment import machine
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
 from benchmarks.ratios import EAGER, RIVALS, Comparison, Judgement, Row
+from benchmarks.resources import arch_number
 from benchmarks.tables import markdown_table, number, text_table
 
 
@@ -69,6 +70,18 @@ def _predicted_cells(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def resources_text(rows: Iterable[Row]) -> str:
+    """Every kernel for every architecture."""
+    header = ["kernel", "source", "arch", "registers", "stack bytes", "local bytes", "static shared bytes"]
+    keys = ("registers", "stack_bytes", "local_bytes", "shared_bytes")
+    lines = [[_variant(row), row["source"], row["arch"], *(str(row[key]) for key in keys)] for row in rows]
+    return text_table(header, lines)
+
+
+def _variant(row: Row) -> str:
+    return f"{row['kernel']}<{row['variant']}>" if row["variant"] else row["kernel"]
+
+
 def compare_text(comparison: Comparison, first: str, second: str) -> str:
     """The ratios of two files, and what only one of them holds."""
     lines = [[f"{case}  {provider}", str(ratio)] for (case, provider), ratio in comparison.ratios.items()]
@@ -84,6 +97,8 @@ def compare_text(comparison: Comparison, first: str, second: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- README
 # Times of a CPU say more about the machine, and who else is on it, than about the code: published are ratios only.
 
+#: Whose kernels' resources are shown.
+SHOWN_ARCH = "sm_90"
 BEGIN = "<!-- benchmarks: begin -->"
 END = "<!-- benchmarks: end -->"
 _NOTHING = (
@@ -103,6 +118,8 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     environment = content["environment"]
     if content["kind"] == "predictions":
         return _predictions_block(path, rows, environment)
+    if content["kind"] == "resources":
+        return _resources_block(path, content)
     title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
     if content["kind"] == "ops" and environment["device"] == "cpu":
         title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"
@@ -128,9 +145,7 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
 def _predictions_block(path: Path, rows: Sequence[Row], environment: dict[str, Any]) -> str:
     gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
     title = f"**{gpus}: predicted, not yet run on a GPU** (`benchmarks/results/{path.name}`), from the machine code of"
-    title += f" Triton {environment['versions']['triton']}"
-    if environment["git_commit"]:
-        title += f", commit {environment['git_commit'][:10]}{' with changes' if environment['git_dirty'] else ''}"
+    title += f" Triton {environment['versions']['triton']}{_commit(environment)}"
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         # Of one layer, or logits of one size, in every dtype and layout; activations are the layer's.
@@ -151,6 +166,45 @@ def _predictions_block(path: Path, rows: Sequence[Row], environment: dict[str, A
     header += ["instructions an element", "us", "of the copy", "bound by"]
     note = "Estimates of `benchmarks/predict.py`: memory or instructions, whichever takes longer, and the launches."
     return "\n\n".join([title, *([markdown_table(header, lines)] if lines else []), note])
+
+
+def _resources_block(path: Path, content: dict[str, Any]) -> str:
+    """A row a kernel for :data:`SHOWN_ARCH`, or the newest arch, and whether anything spills for any arch."""
+    rows = content["rows"]
+    archs = sorted({row["arch"] for row in rows}, key=arch_number)
+    shown = SHOWN_ARCH if SHOWN_ARCH in archs or not archs else archs[-1]
+    title = f"**CUDA kernels for {shown}: compiled, not yet run on a GPU** (`benchmarks/results/{path.name}`), by nvcc"
+    title += f" {content['options']['nvcc']}{_commit(content['environment'])}"
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["arch"] == shown:
+            groups.setdefault((row["source"], row["kernel"]), []).append(row)
+    lines = [
+        [
+            f"`{source}`" if source else "",
+            f"`{kernel}`",
+            str(len(found)),
+            _span([row["registers"] for row in found]),
+            _span([_in_memory(row) for row in found]),
+            _span([row["shared_bytes"] for row in found]),
+        ]
+        for (source, kernel), found in groups.items()
+    ]
+    header = ["source", "kernel", "variants", "registers", "stack and local bytes", "static shared bytes"]
+    spilling = [row for row in rows if _in_memory(row)]
+    note = f"Of {len(rows)} variants for {', '.join(archs)}, {len(spilling) or 'none'} with spills or local memory"
+    note += f": {', '.join(sorted({f'`{_variant(row)}`' for row in spilling}))}." if spilling else "."
+    return "\n\n".join([title, markdown_table(header, lines), note])
+
+
+def _in_memory(row: Row) -> int:
+    return row["stack_bytes"] + row["local_bytes"]
+
+
+def _commit(environment: dict[str, Any]) -> str:
+    if not environment["git_commit"]:
+        return ""
+    return f", commit {environment['git_commit'][:10]}{' with changes' if environment['git_dirty'] else ''}"
 
 
 def _span(values: Sequence[float]) -> str:

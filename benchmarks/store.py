@@ -94,7 +94,20 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "fraction_of_copy": (float,),
         "bound_by": (str,),
     },
+    # Of benchmarks/resources.py: a kernel for one architecture.
+    "resources": {
+        "source": (str,),
+        "kernel": (str,),
+        "variant": (str,),
+        "arch": (str,),
+        "registers": (int,),
+        "stack_bytes": (int,),
+        "local_bytes": (int,),
+        "shared_bytes": (int,),
+    },
 }
+#: Kinds whose rows have a status and, where it is "ok", a time.
+TIMED = ("ops", "step")
 STATUSES = ("ok", "wrong", "unavailable")
 
 
@@ -160,7 +173,7 @@ def validate(content: Any, name: str) -> None:
         if not isinstance(row, dict):
             raise InvalidInputError(f"{name}: row {i} must be a dict, got {row!r}")
         _check_fields(row, FIELDS[content["kind"]], f"{name}: row {i}")
-        if content["kind"] == "predictions":
+        if content["kind"] not in TIMED:
             continue
         if row["status"] not in STATUSES:
             raise InvalidInputError(f"{name}: row {i}: status must be one of {STATUSES}, got {row['status']!r}")

@@ -1,37 +1,38 @@
-"""What setup.py decides, without building anything."""
+"""What setup.py decides and has ninja do, with scripts in the place of nvcc."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import building
 import pytest
+from building import ROOT, copy_sources, load_setup
 
-pytest.importorskip("pybind11", reason="pybind11 is needed to read setup.py's commands")
-pytest.importorskip("setuptools", minversion="77", reason="setuptools of pyproject.toml is not installed")
-
-ROOT = Path(__file__).parents[1]
 AVAILABLE = ["75", "80", "86", "89", "90", "100", "103", "120"]
 
 
 @pytest.fixture(scope="module")
 def setup_py() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("adadfq_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
+
+
+def executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
 
 
 def fake_nvcc(root: Path, script: str = "exit 0") -> Path:
-    nvcc = root / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\n{script}\n")
-    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
-    return nvcc
+    return executable(root / "bin" / "nvcc", script)
 
 
 def test_nvcc_is_looked_for_in_order(setup_py: ModuleType, tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_a_file_that_cannot_be_run_is_no_nvcc(setup_py: ModuleType, tmp_path: Pa
 def test_default_archs_are_those_nvcc_knows(setup_py: ModuleType) -> None:
     assert setup_py.choose_archs(None, AVAILABLE) == ["75", "80", "86", "89", "90", "100", "120"]
     assert setup_py.choose_archs("", ["70", "75", "80"]) == ["75", "80"]
+    assert setup_py.choose_archs(" ; ", ["70", "75", "80"]) == ["75", "80"]
 
 
 @pytest.mark.parametrize("text", ["80;90", "90;80", "80,90", " 80 90 ", "80;90;90;"])
@@ -99,21 +101,173 @@ def test_cuda_asked_for_is_never_left_out(setup_py: ModuleType, monkeypatch: pyt
         setup_py.cuda_decision({"ADADFQ_CUDA": "yes"})
 
 
-def test_a_failing_nvcc_names_the_way_out(setup_py: ModuleType, tmp_path: Path) -> None:
-    nvcc = fake_nvcc(tmp_path, "exit 3")
-    with pytest.raises(setup_py.CompileError, match="nvcc failed.*ADADFQ_CUDA=0"):
-        setup_py.run_nvcc([str(nvcc), "-c", "x.cu"])
+def test_an_old_nvcc_is_refused(setup_py: ModuleType, tmp_path: Path) -> None:
+    for number, text in enumerate(("release 12.3, V12.3.107", "release 11.8, V11.8.89", "no version")):
+        nvcc = fake_nvcc(tmp_path / str(number), f"echo 'Cuda compilation tools, {text}'")
+        with pytest.raises(setup_py.OptionError, match=r"expected 12\.4 or newer: set CUDA_HOME .* or ADADFQ_CUDA=0"):
+            setup_py.nvcc_version(nvcc)
+    nvcc = fake_nvcc(tmp_path / "new", "echo 'Cuda compilation tools, release 13.10, V13.10.5'")
+    assert setup_py.nvcc_version(nvcc) == "13.10"
 
 
-def test_every_source_and_header_is_listed(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A header that is not in `depends` would not rebuild what includes it."""
+def test_every_source_is_listed(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     listed = {source for extension in setup_py.extensions() for source in extension.sources}
     assert listed == {
         str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")
     }
-    headers = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")}
-    assert all(set(extension.depends) == headers for extension in setup_py.extensions())
+
+
+def test_jobs(setup_py: ModuleType) -> None:
+    jobs = setup_py.ninja_build.jobs
+    assert jobs({"MAX_JOBS": "7"}) == 7 and jobs({"MAX_JOBS": ""}) == jobs({}) >= 1
+    for text in ("0", "-1", "many", "1.5"):
+        with pytest.raises(setup_py.OptionError, match="MAX_JOBS must be a positive integer or unset, got"):
+            jobs({"MAX_JOBS": text})
+
+
+def test_ninja_is_the_packages_or_on_path(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ninja_build = setup_py.ninja_build
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert ninja_build.find() == [sys.executable, "-m", "ninja"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
+    assert ninja_build.find() == ["/somewhere/ninja"]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ninja_build.PlatformError, match="no ninja, .*: pip install ninja"):
+        ninja_build.find()
+
+
+#: Writes what it is told to; fails where the file `fail` holds a part of its command. What ran is in `log`.
+FAKE_NVCC = """
+case "$1" in
+  --version) echo "Cuda compilation tools, release VERSION, V0"; exit ;;
+  --list-gpu-arch) printf 'compute_%s\\n' ARCHS; exit ;;
+esac
+here=$(dirname "$0")
+echo "$*" >> "$here/log"
+case "$*" in *"$(cat "$here/fail")"*) echo failing; exit 3 ;; esac
+while [ $# -gt 0 ]; do
+  case $1 in -o) out=$2 ;; -MF) dependencies=$2 ;; -c) source=$2 ;; esac
+  shift
+done
+echo built > "$out"
+if [ -n "$dependencies" ]; then echo "$out: $source csrc/common/dtype.h" > "$dependencies"; fi
+"""
+NVCC_12_4 = ("12.4", "50 52 53 60 61 62 70 72 75 80 86 87 89 90")
+NVCC_13 = ("13.0", "75 80 86 87 88 89 90 100 110 103 120 121")
+NEVER = "no command holds this"
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py of a copy of the sources, which is the current directory."""
+    root = tmp_path / "it's a $path"
+    root.mkdir()
+    setup_py = load_setup(copy_sources(root))
+    try:
+        setup_py.ninja_build.find()
+    except setup_py.ninja_build.PlatformError as error:
+        pytest.skip(str(error))
+    monkeypatch.chdir(root)
+    return setup_py
+
+
+@pytest.fixture
+def build(copied: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Builds _C_cuda in a copy of the sources, with paths that need quoting; returns the commands that nvcc ran."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cu da"))
+    for name in ("ADADFQ_CUDA", "ADADFQ_CUDA_ARCHS", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(release: tuple[str, str] = NVCC_13, fail: str = NEVER, options: tuple[str, ...] = ()) -> list[str]:
+        shutil.rmtree(tmp_path / "cu da", ignore_errors=True)
+        nvcc = fake_nvcc(tmp_path / "cu da", FAKE_NVCC.replace("VERSION", release[0]).replace("ARCHS", release[1]))
+        nvcc.with_name("fail").write_text(fail)
+        log = nvcc.with_name("log")
+        log.touch()
+        building.build(copied, copied.CUDA, "--build-temp", "te$mp", *options)
+        return log.read_text().splitlines()
+
+    return run
+
+
+def compiled(commands: list[str]) -> set[str]:
+    return {command.partition(" -c ")[2].partition(" -o ")[0] for command in commands if " -c " in command}
+
+
+def module() -> Path:
+    (found,) = Path("lib/adadfq").glob("_C_cuda*.so")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("release", "archs"), [(NVCC_12_4, "75 80 86 89 90"), (NVCC_13, "75 80 86 89 90 100 120")], ids=["12.4", "13.0"]
+)
+def test_commands(build: Callable[..., list[str]], release: tuple[str, str], archs: str) -> None:
+    commands = build(release)
+    sources = {str(path) for path in Path("csrc/cuda").glob("*.cu")} | {"csrc/bind_cuda.cpp"}
+    assert compiled(commands) == sources and len(commands) == len(sources) + 1
+    newest = archs.split()[-1]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split()]
+    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    for command in commands[:-1]:
+        assert [part for part in command.split() if part.startswith("-gencode")] == targets
+        assert "--fmad=false" in command and "-ffp-contract=off" in command
+    assert commands[-1].startswith("-shared -cudart=static ")
+    info = json.loads(Path("lib/adadfq/_build_info.json").read_text())
+    assert info["cuda_archs"] == archs.split() and info["nvcc"] == release[0] and info["cuda_left_out"] is None
+    assert module().read_text() == "built\n"
+
+
+def test_only_what_changed_is_built_again(build: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = compiled(build())
+    assert build() == []
+    source = Path("csrc/cuda/fake_quantize.cu")
+    source.write_text(source.read_text() + "\n")
+    commands = build()
+    assert compiled(commands) == {str(source)} and len(commands) == 2
+    assert compiled(build(options=("--force",))) == everything
+    header = Path("csrc/common/dtype.h")  # the one that this nvcc says it read
+    header.write_text(header.read_text() + "\n")
+    assert compiled(build()) == everything and build() == []
+    monkeypatch.setenv("ADADFQ_CUDA_ARCHS", "80;90")
+    assert compiled(build()) == everything and build() == []
+
+
+@pytest.mark.parametrize("step", ["-c csrc/cuda/fake_quantize.cu", "-shared"])
+def test_a_failing_nvcc_names_the_way_out(
+    build: Callable[..., list[str]], capfd: pytest.CaptureFixture[str], step: str
+) -> None:
+    with pytest.raises(SystemExit, match=r"command after FAILED .* failed\. If it is nvcc, .*ADADFQ_CUDA=0"):
+        build(fail=step)
+    assert "FAILED: " in (output := capfd.readouterr().out) and "failing" in output
+    assert not list(Path().rglob("*.so")) and not list(Path().rglob("_build_info.json"))
+    build()
+    assert module().read_text() == "built\n"
+    # A module of before stays as it is.
+    Path("csrc/bind_cuda.cpp").touch()
+    with pytest.raises(SystemExit, match="ADADFQ_CUDA=0"):
+        build(fail="-shared")
+    assert module().read_text() == "built\n"
+
+
+def test_cxx_compiles_and_links(copied: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cxx = executable(tmp_path / "cxx", FAKE_NVCC)
+    cxx.with_name("fail").write_text(NEVER)
+    monkeypatch.setenv("CXX", str(cxx))
+    monkeypatch.setenv("ADADFQ_CUDA", "0")
+    building.build(copied, "adadfq._C_cpu")
+    *compilations, linking = cxx.with_name("log").read_text().splitlines()
+    assert compiled(compilations) == {"csrc/bind_cpu.cpp", *(str(path) for path in Path("csrc/cpu").glob("*.cpp"))}
+    for command in compilations:
+        assert set(copied.CXX_FLAGS) | {"-fopenmp", "-fPIC"} <= set(command.split())
+    assert {"-shared", "-fopenmp"} <= set(linking.split())
+    assert json.loads(Path("lib/adadfq/_build_info.json").read_text())["cuda_left_out"] == "left out by ADADFQ_CUDA=0"
+
+
+def test_ninja_build_is_in_source_distributions() -> None:
+    assert "include ninja_build.py" in (ROOT / "MANIFEST.in").read_text().splitlines()
 
 
 def test_setup_py_reads_without_a_compiler() -> None:
