@@ -19,8 +19,9 @@ def collect() -> dict[str, Any]:
     """Everything ``adadfq info`` prints, as JSON-able values.
 
     Keys: adadfq, python, platform, torch, triton {version, why_not}, build (None where nothing recorded it), devices,
-    threads, backends {name: reason it is unavailable, or None}, requested_backend, operators {device: {op: {serves,
-    error, why_not {backend: reason or None}}}} for float32.
+    threads, backends {name: reason it is unavailable, or None}, requested_backend, routes {override, measured, rules,
+    error} (of :mod:`adadfq.ops.routes`), operators {device: {op: {serves, error, by_size {size: backend}, why_not
+    {backend: reason or None}}}} for float32; by_size has the sizes that another backend serves.
     """
     import torch
 
@@ -37,6 +38,7 @@ def collect() -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "cpus": os.cpu_count()},
         "backends": {name: module.why_unavailable() for name, module in dispatch.BACKENDS.items()},
         "requested_backend": os.environ.get("ADADFQ_BACKEND") or None,
+        "routes": _routes(),
         "operators": {device: _operators(device) for device in dispatch.PREFERENCE},
     }
 
@@ -95,21 +97,37 @@ def _cpu_capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def _routes() -> dict[str, Any]:
+    from adadfq.errors import BackendError
+    from adadfq.ops import routes
+
+    found: dict[str, Any] = {"override": routes.override(), "measured": None, "rules": None, "error": None}
+    try:
+        table = routes.current()
+    except BackendError as error:
+        return found | {"error": str(error)}
+    return found | {"measured": table.measured, "rules": len(table.rules)}
+
+
 def _operators(device: str) -> dict[str, Any]:
     import torch
 
     from adadfq.errors import BackendError
-    from adadfq.ops import dispatch
+    from adadfq.ops import dispatch, routes
     from adadfq.ops.schema import OPERATORS
 
     table: dict[str, Any] = {}
     for op in OPERATORS:
+        by_size: dict[str, str] = {}
         try:
             serves, error = dispatch.select(op, device, torch.float32), None
+            if device == routes.DEVICE_TYPE:
+                by_size = {size: dispatch.select(op, device, torch.float32, size) for size in routes.SIZES}
         except BackendError as refused:
             serves, error = None, str(refused)
+        by_size = {size: name for size, name in by_size.items() if name != serves}
         reasons = {name: dispatch.why_not(name, op, device, torch.float32) for name in dispatch.PREFERENCE[device]}
-        table[op] = {"serves": serves, "error": error, "why_not": reasons}
+        table[op] = {"serves": serves, "error": error, "by_size": by_size, "why_not": reasons}
     return table
 
 
@@ -134,11 +152,26 @@ def format_text(info: dict[str, Any]) -> str:
     lines += [f"  {key}{': ' if key else ''}{_inline(value)}" for key, value in build.items()]
     lines += ["", "backends"]
     lines += [f"  {name:<10} {reason or 'available'}" for name, reason in info["backends"].items()]
+    lines += ["", *_routes_text(info["routes"])]
     has_gpu = any(device["device"].startswith("cuda") for device in info["devices"])
     for device, table in info["operators"].items():
         note = "; torch sees no CUDA device" if device == "cuda" and not has_gpu else ""
         lines += ["", f"operators on {device}, float32 (* serves{note})", *_operator_table(table)]
     return "\n".join(lines)
+
+
+def _routes_text(routes: dict[str, Any]) -> list[str]:
+    """What the choice between the GPU backends is made by."""
+    if routes["error"]:
+        return ["routes", f"  error: {routes['error']}"]
+    measured = routes["measured"]
+    if measured is None:
+        text = "not measured" + (f", {routes['rules']} rules" if routes["rules"] else ": cuda first")
+    else:
+        commit = measured.get("git_commit")
+        at = f" at commit {commit[:10]}" if commit else ""
+        text = f"measured on {measured['device_name']}{at}, {routes['rules']} rules"
+    return ["routes", f"  {text}" + (f" (ADADFQ_ROUTES: {routes['override']})" if routes["override"] else "")]
 
 
 def _inline(value: Any) -> str:
@@ -166,5 +199,7 @@ def _operator_table(table: dict[str, Any]) -> list[str]:
                 reasons.append(text)
             cells.append(f"no [{reasons.index(text) + 1}]")
         lines.append(("  " + op.ljust(width) + "".join(f"  {cell:<9}" for cell in cells)).rstrip())
+    sized = {op: ", ".join(f"{size}: {name}" for size, name in row["by_size"].items()) for op, row in table.items()}
+    lines += [f"  {op}, by size: {text}" for op, text in sized.items() if text]
     errors = dict.fromkeys(row["error"] for row in table.values() if row["error"])
     return lines + [f"  [{i}] {text}" for i, text in enumerate(reasons, 1)] + [f"  error: {text}" for text in errors]

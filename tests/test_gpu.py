@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from toy import toy_recipe, toy_teacher
 import adadfq
 from adadfq import functional as F
 from adadfq.ops import dispatch, reference
-from adadfq.ops.schema import OPERATORS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,9 +37,12 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def _serves(backend: str, op: str) -> None:
-    if op not in dispatch.BACKENDS[backend].KERNELS:
-        pytest.skip(f"{backend} has no {op}")
+#: Every backend with every operator it has; that none is missing is for tests/test_cuda_calls.py to say.
+KERNELS = pytest.mark.parametrize(
+    "gpu_backend,op",
+    [(backend, op) for backend in ("cuda", "triton") for op in dispatch.BACKENDS[backend].KERNELS],
+    indirect=["gpu_backend"],
+)
 
 
 @contextmanager
@@ -59,11 +62,10 @@ CASES = [(shape, dtype) for shape in SHAPES for dtype in (DTYPES if shape in SHA
 
 @pytest.mark.parametrize("shape,dtype", CASES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("op", list(OPERATORS))
+@KERNELS
 def test_kernel_equals_the_reference(
     gpu_backend: str, op: str, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
 ) -> None:
-    _serves(gpu_backend, op)
     args = arguments(op, shape, dtype, channels_last, "cuda", LOGITS[SHAPES.index(shape)])
     kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
     got = call(kernel, op, args)
@@ -90,9 +92,29 @@ def test_fake_quantize_along_other_axes(gpu_backend: str, shape: tuple[int, ...]
         assert_right(op, call(kernels[op], op, args), args)
 
 
+def _shifted(argument: Any) -> Any:
+    """A copy of a tensor, or of those of a list, with its strides: one element behind an address that is aligned."""
+    if isinstance(argument, list):
+        return [_shifted(part) for part in argument]
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    memory = torch.empty(argument.numel() + 1, dtype=argument.dtype, device=argument.device)
+    return memory.as_strided(argument.shape, argument.stride(), 1).copy_(argument)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@KERNELS
+def test_kernel_on_memory_that_is_not_aligned(gpu_backend: str, op: str, dtype: torch.dtype) -> None:
+    """No tensor begins where 16 bytes can be read at once."""
+    for channels_last in (False, True):
+        args = arguments(op, (3, 8, 7, 9), dtype, channels_last, "cuda")
+        inputs = [_shifted(argument) for argument in args]
+        got = flat(dispatch.BACKENDS[gpu_backend].KERNELS[op](*inputs))
+        assert_right(op, got + [inputs[i] for i in dispatch.MUTATES.get(op, ())], args)
+
+
 @pytest.mark.parametrize("op", ["fake_quantize", "fake_quantize_backward", "dynamic_fake_quantize", "bn_match_forward"])
 def test_kernel_passes_what_is_not_finite(gpu_backend: str, op: str) -> None:
-    _serves(gpu_backend, op)
     args = arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda")
     x = args[op.endswith("_backward")]
     x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
@@ -100,10 +122,9 @@ def test_kernel_passes_what_is_not_finite(gpu_backend: str, op: str) -> None:
     torch.testing.assert_close(got, call(reference.KERNELS[op], op, args)[0], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("op", list(OPERATORS))
+@KERNELS
 def test_kernel_in_a_graph(gpu_backend: str, op: str) -> None:
     """A captured launch computes from what its inputs hold when it is replayed, as an eager one would."""
-    _serves(gpu_backend, op)
     kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
     args = arguments(op, (16, 64, 56, 56), torch.float32, False, "cuda")
     before = own(args)
@@ -130,7 +151,6 @@ LARGE_LOGITS = pytest.mark.parametrize(
 @LARGE_LOGITS
 def test_margin_loss_with_a_barrier(gpu_backend: str, logits: tuple[int, int]) -> None:
     """Programs that wait for each other in one launch give the same every time, and what two launches give."""
-    _serves(gpu_backend, "margin_loss")
     kernel = dispatch.BACKENDS[gpu_backend].KERNELS["margin_loss"]
     args = arguments("margin_loss", (1, 1, 1, 1), torch.float32, False, "cuda", logits)
     first, *others = (call(kernel, "margin_loss", args) for _ in range(20))
@@ -143,7 +163,6 @@ def test_margin_loss_with_a_barrier(gpu_backend: str, logits: tuple[int, int]) -
 @LARGE_LOGITS
 def test_margin_loss_in_a_graph(gpu_backend: str, logits: tuple[int, int]) -> None:
     """After calls with a barrier, capture finds the launches without one compiled."""
-    _serves(gpu_backend, "margin_loss")
     kernel = dispatch.BACKENDS[gpu_backend].KERNELS["margin_loss"]
     args = arguments("margin_loss", (1, 1, 1, 1), torch.float32, False, "cuda", logits)
     eager = [call(kernel, "margin_loss", args) for _ in range(3)][-1]
@@ -157,9 +176,8 @@ def test_margin_loss_in_a_graph(gpu_backend: str, logits: tuple[int, int]) -> No
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", list(OPERATORS))
+@KERNELS
 def test_opcheck(gpu_backend: str, op: str) -> None:
-    _serves(gpu_backend, op)
     with adadfq.use_backend(gpu_backend):
         operator = getattr(torch.ops.adadfq, op).default
         torch.library.opcheck(operator, arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda"))
@@ -193,10 +211,9 @@ def test_functions_compile_into_one_graph(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", list(OPERATORS))
+@KERNELS
 def test_kernel_runs_on_the_current_stream(gpu_backend: str, op: str) -> None:
     """Work queued before on another stream, and slow, has happened when the kernel reads."""
-    _serves(gpu_backend, op)
     kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
     args = arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda")
     expected = call(kernel, op, args)
@@ -216,9 +233,8 @@ def test_kernel_runs_on_the_current_stream(gpu_backend: str, op: str) -> None:
         torch.testing.assert_close(value, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("op", list(OPERATORS))
+@KERNELS
 def test_kernel_takes_no_memory_but_its_results(gpu_backend: str, op: str) -> None:
-    _serves(gpu_backend, op)
     kernel = dispatch.BACKENDS[gpu_backend].KERNELS[op]
     args = own(arguments(op, (16, 64, 56, 56), torch.float32, False, "cuda"))
     kernel(*args)
@@ -232,9 +248,8 @@ def test_kernel_takes_no_memory_but_its_results(gpu_backend: str, op: str) -> No
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-@pytest.mark.parametrize("op", list(OPERATORS))
+@KERNELS
 def test_kernel_on_a_device_that_is_not_current(gpu_backend: str, op: str) -> None:
-    _serves(gpu_backend, op)
     args = arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda:1")
     assert torch.cuda.current_device() == 0
     assert_right(op, call(dispatch.BACKENDS[gpu_backend].KERNELS[op], op, args), args)
@@ -254,12 +269,11 @@ def test_more_than_two_to_the_31_elements(gpu_backend: str, channels_last: bool)
     for i in (0, 16, 31, 32):
         assert torch.equal(got[i : i + 1], reference.fake_quantize(x[i : i + 1], scale, zero_point, 4, 1))
     del got
-    if "bn_match" in kernels:
-        mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
-        _, found, found_var = kernels["bn_match"](x, mean, var)
-        parts = [reference.bn_match(x[i : i + 1], mean, var) for i in range(shape[0])]
-        torch.testing.assert_close(found, torch.stack([p[1] for p in parts]).mean(0), rtol=0, atol=1e-6)
-        torch.testing.assert_close(found_var, torch.stack([p[2] for p in parts]).mean(0), rtol=1e-4, atol=0)
+    mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+    _, found, found_var = kernels["bn_match"](x, mean, var)
+    parts = [reference.bn_match(x[i : i + 1], mean, var) for i in range(shape[0])]
+    torch.testing.assert_close(found, torch.stack([p[1] for p in parts]).mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found_var, torch.stack([p[2] for p in parts]).mean(0), rtol=1e-4, atol=0)
 
 
 def test_training_on_a_gpu_follows_the_cpu() -> None:

@@ -16,7 +16,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from adadfq.kernels import bn_match, configs, segments, tiles
 from adadfq.ops import triton
-from adadfq.ops.schema import OPERATORS
 from benchmarks.compiled import Launch, compiling_for
 
 pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels are not compiled")
@@ -107,7 +106,7 @@ FAMILY = {
         "affine_act_quantize",
     ],
     "channel_tiles": [
-        op for op in OPERATORS if op.startswith(("bn_match", "dynamic")) or op.endswith("quantize_backward")
+        op for op in triton.KERNELS if op.startswith(("bn_match", "dynamic")) or op.endswith("quantize_backward")
     ],
     "rows": ["foreach_dynamic_fake_quantize"],
 }
@@ -143,7 +142,7 @@ def test_configurations_differ() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("op", [op for op in OPERATORS if not op.endswith(("loss", "distillation"))])
+@pytest.mark.parametrize("op", [op for op in triton.KERNELS if not op.endswith(("loss", "distillation"))])
 def test_64_bit_addresses_compile(op: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "LAST_INT32", 0)
     monkeypatch.setattr(tiles, "LAST_INT32", 0)
@@ -162,7 +161,7 @@ def test_every_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bn_match, "_COMBINED", 2)
     launched = []
     with compiling_for(90) as launches:
-        for op in OPERATORS:
+        for op in triton.KERNELS:
             triton.KERNELS[op](*arguments(op, LONG, torch.float32, logits=(1024, 100)))
         x, grad = torch.empty(2, *LONG)
         scale, mean, var = torch.ones(3, LONG[1])
@@ -195,7 +194,7 @@ def test_weights_of_a_network_take_one_launch() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd"])
 @pytest.mark.parametrize("dtype", list(FLOATS), ids=str)
-@pytest.mark.parametrize("op", list(OPERATORS))
+@pytest.mark.parametrize("op", list(triton.KERNELS))
 def test_every_layout_compiles(op: str, dtype: torch.dtype, layout: str) -> None:
     launches = _compile(op, 90, ODD if layout == "odd" else ALIGNED, dtype, layout == "channels_last")
     for launch in launches:

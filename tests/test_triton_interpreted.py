@@ -20,7 +20,6 @@ from adadfq.errors import BackendError
 from adadfq.kernels import bn_match, configs, segments, tiles
 from adadfq.kernels.segments import channels_at
 from adadfq.ops import dispatch, native_args, triton
-from adadfq.ops.schema import OPERATORS
 
 pytestmark = [
     pytest.mark.skipif(not triton.INTERPRETED, reason="tests/test_triton.py runs these, with TRITON_INTERPRET=1"),
@@ -46,7 +45,7 @@ def configured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("configured", list(_configurations()), indirect=True, ids=str)
-@pytest.mark.parametrize("op", [op for op in OPERATORS if op not in ("margin_loss", "entropy_distillation")])
+@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op not in ("margin_loss", "entropy_distillation")])
 def test_every_configuration(configured: None, op: str) -> None:
     for i, (shape, logits) in enumerate(zip(SHAPES, LOGITS, strict=True)):
         args = arguments(op, shape, DTYPES[i % 3], i % 2 == 1, logits=logits)
@@ -54,7 +53,7 @@ def test_every_configuration(configured: None, op: str) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("op", list(OPERATORS))
+@pytest.mark.parametrize("op", list(triton.KERNELS))
 def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "LAST_INT32", 0)
     monkeypatch.setattr(tiles, "LAST_INT32", 0)
@@ -64,7 +63,7 @@ def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("op", [op for op in OPERATORS if op.startswith(("bn_match", "affine_act", "dynamic"))])
+@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op.startswith(("bn_match", "affine_act", "dynamic"))])
 def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every channel in several programs of several tiles, and more channels than one program combines."""
     monkeypatch.setattr(tiles, "FEWEST_TILES", 1)
@@ -94,7 +93,7 @@ def test_rows_longer_than_32_bits_count() -> None:
             assert out.tolist() == [(start + 4 * i) // inner % 3 for i in range(128)]
 
 
-@pytest.mark.parametrize("op", list(OPERATORS))
+@pytest.mark.parametrize("op", list(triton.KERNELS))
 def test_results_are_the_same_every_time(op: str) -> None:
     args = arguments(op, (9, 16, 13, 11), torch.float32, logits=(64, 100))
     first, second = (call(triton.KERNELS[op], op, args) for _ in range(2))

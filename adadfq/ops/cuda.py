@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+import sys
+from array import array
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +16,32 @@ import torch
 from torch import Tensor
 
 from adadfq.errors import BackendError
-from adadfq.ops import native_args
-from adadfq.ops.native_args import DTYPE_NUMBERS
+from adadfq.ops import gpu, native_args
+from adadfq.ops.native_args import DTYPE_NUMBERS, Layout
 
 NAME = "cuda"
 DEVICE_TYPE = "cuda"
+#: What emulates the device on the host replaces DEVICE_TYPE, this and :func:`_load`, and nothing else.
+INTERPRETED = False
 DTYPES = native_args.DTYPES
+
+#: What the extension module must have.
+FUNCTIONS = (
+    "fake_quantize",
+    "fake_quantize_backward",
+    "dynamic_fake_quantize",
+    "observe_fake_quantize",
+    "affine_act_fake_quantize",
+    "affine_act_quantize",
+    "affine_act_fake_quantize_backward",
+    "quantize_pack",
+    "unpack_dequantize",
+    "bn_match",
+    "bn_match_backward",
+    "margin_loss",
+    "entropy_distillation",
+    "partial_doubles",
+)
 
 
 @cache
@@ -51,6 +73,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module("adadfq._C_cuda")
     except ImportError as error:
         return None, f"not built: adadfq._C_cuda could not be imported ({error})"
+    if missing := [name for name in FUNCTIONS if not hasattr(module, name)]:
+        return None, f"built from other sources, without {', '.join(missing)}: build it again with 'pip install -e .'"
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     archs = info.get("cuda_archs", [])
@@ -66,43 +90,305 @@ def why_unavailable() -> str | None:
     return _load()[1]
 
 
-def _launch(op: str, x: Tensor, *arguments: Any) -> None:
-    """Queue `op` on the current stream of `x`'s device."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+def _native() -> Any:
+    return _load()[0]
+
+
+def _call(op: str, function: str, x: Tensor, *arguments: Any) -> None:
+    """Queue `function` on the current stream of the device of `x`; only an emulated device has CPU tensors."""
+    device = stream = 0
+    if x.is_cuda:
+        device = x.get_device()
+        # The handle alone: a torch.cuda.Stream would be made for every call.
+        stream = torch._C._cuda_getCurrentRawStream(device)
     try:
-        with torch.cuda.device(x.device):
-            getattr(_load()[0], op)(*arguments, DTYPE_NUMBERS[x.dtype], x.device.index, stream)
+        with gpu.device_guard(x):
+            getattr(_native(), function)(*arguments, DTYPE_NUMBERS[x.dtype], device, stream)
     except RuntimeError as error:
         raise BackendError(
             f"{op} failed on {x.device} for {x.dtype} {list(x.shape)}: {error}; ADADFQ_BACKEND=reference avoids it"
         ) from error
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
-    """See :func:`adadfq.ops.reference.fake_quantize`; the same arithmetic."""
-    op = "fake_quantize"
-    out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _scratch(x: Tensor, doubles: int) -> Tensor:
+    """Memory that a call is done with when the next on the same stream begins."""
+    return torch.empty(doubles, dtype=torch.float64, device=x.device)
+
+
+def _fake_quantize(
+    op: str, x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor, channels: int, inner: int, bits: int
+) -> None:
+    layout = Layout(x.numel() // (channels * inner), channels, inner)
     pointers = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
-    _launch(op, x, *pointers, *layout, bits)
-    return out
+    _call(op, "fake_quantize", x, *pointers, *layout, bits)
 
 
-def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
-) -> Tensor:
-    """See :func:`adadfq.ops.reference.fake_quantize_backward`; the same arithmetic."""
-    op = "fake_quantize_backward"
-    out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
-    grad = native_args.like(op, "grad", grad, x)
+def _fake_quantize_backward(
+    op: str,
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    out: Tensor,
+    channels: int,
+    inner: int,
+    bits: int,
+) -> None:
+    layout = Layout(x.numel() // (channels * inner), channels, inner)
     pointers = (grad.data_ptr(), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
-    _launch(op, x, *pointers, *layout, bits)
-    return out
+    _call(op, "fake_quantize_backward", x, *pointers, *layout, bits)
 
 
-KERNELS = {"fake_quantize": fake_quantize, "fake_quantize_backward": fake_quantize_backward}
+def _dynamic_fake_quantize(op: str, calls: list[tuple[Tensor, Tensor, Tensor, Tensor, Layout, int]]) -> None:
+    structs = array("q")
+    for x, out, scale, zero_point, layout, bits in calls:
+        # The fields of DynamicTensor in csrc/common/dynamic_tensor.h.
+        structs.extend((x.data_ptr(), out.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), *layout, bits))
+    first = calls[0][0]
+    scratch = _scratch(first, _native().partial_doubles(max(call[4].channels for call in calls)))
+    _call(op, "dynamic_fake_quantize", first, structs.buffer_info()[0], len(calls), scratch.data_ptr())
+
+
+def _observe_fake_quantize(
+    op: str,
+    x: Tensor,
+    out: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    momentum: float,
+) -> None:
+    scratch = _scratch(x, _native().partial_doubles(1))
+    _call(
+        op,
+        "observe_fake_quantize",
+        x,
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        running_min.data_ptr(),
+        running_max.data_ptr(),
+        num_batches.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        scratch.data_ptr(),
+        bits,
+        momentum,
+    )
+
+
+def _affine_act_fake_quantize(
+    op: str,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: int,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    out: Tensor,
+    channels: int,
+    inner: int,
+    bits: int,
+) -> None:
+    _call(
+        op,
+        "affine_act_quantize" if out.dtype is torch.uint8 else "affine_act_fake_quantize",
+        x,
+        x.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _address(residual),
+        act,
+        _address(act_scale),
+        _address(act_zero_point),
+        bits,
+        out.data_ptr(),
+        x.numel() // (channels * inner),
+        channels,
+        inner,
+    )
+
+
+def _affine_act_fake_quantize_backward(
+    op: str,
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: int,
+    grad_x: Tensor,
+    grad_residual: Tensor | None,
+    grad_scale: Tensor | None,
+    grad_shift: Tensor | None,
+    layout: Layout,
+) -> None:
+    # Nothing is summed where the parameters have no gradient.
+    scratch = None if grad_scale is None else _scratch(x, _native().partial_doubles(layout.channels))
+    _call(
+        op,
+        "affine_act_fake_quantize_backward",
+        x,
+        grad.data_ptr(),
+        x.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        _address(residual),
+        act,
+        grad_x.data_ptr(),
+        _address(grad_residual),
+        _address(grad_scale),
+        _address(grad_shift),
+        _address(scratch),
+        *layout,
+    )
+
+
+def _quantize_pack(
+    op: str, x: Tensor, scale: Tensor, zero_point: Tensor, packed: Tensor, layout: Layout, bits: int
+) -> None:
+    pointers = (x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), packed.data_ptr())
+    _call(op, "quantize_pack", x, *pointers, *layout, bits)
+
+
+def _unpack_dequantize(
+    op: str, packed: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor, layout: Layout, bits: int
+) -> None:
+    pointers = (packed.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), out.data_ptr())
+    _call(op, "unpack_dequantize", out, *pointers, *layout, bits)
+
+
+def _bn_match(
+    op: str,
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor | None,
+    loss: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    layout: Layout,
+) -> None:
+    scratch = _scratch(x, _native().partial_doubles(layout.channels))
+    _call(
+        op,
+        "bn_match",
+        x,
+        x.data_ptr(),
+        running_mean.data_ptr(),
+        running_var.data_ptr(),
+        _address(weight),
+        _address(bias),
+        eps,
+        _address(y),
+        loss.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        scratch.data_ptr(),
+        *layout,
+    )
+
+
+def _bn_match_backward(
+    op: str,
+    grad_y: Tensor | None,
+    grad_loss: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+    layout: Layout,
+) -> None:
+    _call(
+        op,
+        "bn_match_backward",
+        x,
+        _address(grad_y),
+        grad_loss.data_ptr(),
+        x.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        running_mean.data_ptr(),
+        running_var.data_ptr(),
+        _address(weight),
+        eps,
+        out.data_ptr(),
+        *layout,
+    )
+
+
+#: Float64 numbers that the losses on logits keep for a row.
+_ROW_DOUBLES = 5
+
+
+def _margin_loss(op: str, teacher: Tensor, student: Tensor, labels: Tensor, *results_and_settings: Any) -> None:
+    *results, lambda_l, lambda_u, alpha_ds, alpha_as, beta, detach_min = results_and_settings
+    batch, classes = teacher.shape
+    scratch = _scratch(teacher, _ROW_DOUBLES * batch)
+    _call(
+        op,
+        "margin_loss",
+        teacher,
+        teacher.data_ptr(),
+        student.data_ptr(),
+        labels.data_ptr(),
+        *(result.data_ptr() for result in results),
+        scratch.data_ptr(),
+        batch,
+        classes,
+        lambda_l,
+        lambda_u,
+        alpha_ds,
+        alpha_as,
+        beta,
+        detach_min,
+    )
+
+
+def _entropy_distillation(
+    op: str, teacher: Tensor, student: Tensor, loss: Tensor, grad_student: Tensor, temperature: float
+) -> None:
+    batch, classes = teacher.shape
+    scratch = _scratch(teacher, _ROW_DOUBLES * batch)
+    pointers = (teacher.data_ptr(), student.data_ptr(), loss.data_ptr(), grad_student.data_ptr(), scratch.data_ptr())
+    _call(op, "entropy_distillation", teacher, *pointers, batch, classes, temperature)
+
+
+#: Launcher -> what calls its function of the extension module: the launcher's arguments behind the operator's name.
+_LAUNCHERS: dict[str, Callable[..., None]] = {
+    "fake_quantize": _fake_quantize,
+    "fake_quantize_backward": _fake_quantize_backward,
+    "dynamic_fake_quantize": _dynamic_fake_quantize,
+    "observe_fake_quantize": _observe_fake_quantize,
+    "affine_act_fake_quantize": _affine_act_fake_quantize,
+    "affine_act_fake_quantize_backward": _affine_act_fake_quantize_backward,
+    "quantize_pack": _quantize_pack,
+    "unpack_dequantize": _unpack_dequantize,
+    "bn_match": _bn_match,
+    "bn_match_backward": _bn_match_backward,
+    "margin_loss": _margin_loss,
+    "entropy_distillation": _entropy_distillation,
+}
+
+
+def launch(op: str, launcher: str, x: Tensor, *arguments: Any) -> None:
+    """See :class:`adadfq.ops.gpu.Backend`."""
+    _LAUNCHERS[launcher](op, *arguments)
+
+
+KERNELS = gpu.kernels(sys.modules[__name__], gpu.OPERATORS + gpu.PACKING)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Triton backend: the kernels of :mod:`adadfq.kernels`, for CUDA devices where ``adadfq._C_cuda`` has none.
+"""Triton backend: the kernels of :mod:`adadfq.kernels`, for CUDA devices where ``adadfq._C_cuda`` is missing or slower.
 
 With ``TRITON_INTERPRET=1`` in the environment Triton runs kernels in Python, on CPU tensors and slowly: then this
 backend serves those, where it is asked for by name.
@@ -8,37 +8,44 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adadfq.errors import InvalidInputError
-from adadfq.ops import native_args, reference
+from adadfq.ops import gpu, native_args
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
 DTYPES = native_args.DTYPES
 
-#: The modules of adadfq.kernels that have launchers.
-_FAMILIES = (
-    "fake_quantize",
-    "dynamic_fake_quantize",
-    "observe_fake_quantize",
-    "affine_act_fake_quantize",
-    "bn_match",
-    "logit_losses",
-)
+#: Launcher -> the module of adadfq.kernels that has it.
+_FAMILIES = {
+    "fake_quantize": "fake_quantize",
+    "fake_quantize_backward": "fake_quantize",
+    "dynamic_fake_quantize": "dynamic_fake_quantize",
+    "observe_fake_quantize": "observe_fake_quantize",
+    "affine_act_fake_quantize": "affine_act_fake_quantize",
+    "affine_act_fake_quantize_backward": "affine_act_fake_quantize",
+    "bn_match": "bn_match",
+    "bn_match_backward": "bn_match",
+    "margin_loss": "logit_losses",
+    "entropy_distillation": "logit_losses",
+}
 
 
 @cache
 def _load() -> tuple[dict[str, ModuleType], str | None]:
     """(modules, None), or ({}, why the kernels cannot be used)."""
     try:
-        modules = {name: importlib.import_module(f"adadfq.kernels.{name}") for name in _FAMILIES}
+        modules = {
+            name: importlib.import_module(f"adadfq.kernels.{name}") for name in dict.fromkeys(_FAMILIES.values())
+        }
     except ImportError as error:
         return {}, f"could not be imported ({error})"
     if not INTERPRETED and not torch.cuda.is_available():
@@ -55,390 +62,17 @@ def _kernels(family: str) -> ModuleType:
     return _load()[0][family]
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device's current stream: makes `x`'s device current."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def launch(op: str, launcher: str, x: Tensor, *arguments: Any) -> None:
+    """See :class:`adadfq.ops.gpu.Backend`. Triton launches on the current device's current stream."""
+    with gpu.device_guard(x):
+        getattr(_kernels(_FAMILIES[launcher]), launcher)(*arguments)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
-    """See :func:`adadfq.ops.reference.fake_quantize`; equal to it bit for bit."""
-    op = "fake_quantize"
-    out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
-    with _on(x):
-        _kernels(op).fake_quantize(x, scale, zero_point, out, layout.channels, layout.inner, bits)
-    return out
+KERNELS = gpu.kernels(sys.modules[__name__])  # type: ignore[arg-type]
 
 
-def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> None:
-    """See :func:`adadfq.ops.reference.fake_quantize_`; equal to it bit for bit."""
-    if x.numel() == 0:
-        return
-    op = "fake_quantize"
-    dense, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
-    with _on(x):
-        _kernels(op).fake_quantize(dense, scale, zero_point, dense, layout.channels, layout.inner, bits)
-    if dense is not x:
-        x.copy_(dense)
-
-
-def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
-) -> Tensor:
-    """See :func:`adadfq.ops.reference.fake_quantize_backward`; equal to it bit for bit."""
-    op = "fake_quantize_backward"
-    out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    x, scale, zero_point, layout = native_args.quantizer(op, x, scale, zero_point, bits, axis, DEVICE_TYPE)
-    grad = native_args.like(op, "grad", grad, x)
-    with _on(x):
-        _kernels("fake_quantize").fake_quantize_backward(
-            grad, x, scale, zero_point, out, layout.channels, layout.inner, bits
-        )
-    return out
-
-
-def dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`adadfq.ops.reference.dynamic_fake_quantize`; equal to it bit for bit."""
-    x_hats, scales, zero_points = foreach_dynamic_fake_quantize([x], [bits], axis)
-    return x_hats[0], scales[0], zero_points[0]
-
-
-def foreach_dynamic_fake_quantize(
-    tensors: list[Tensor], bits: list[int], axis: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """See :func:`adadfq.ops.reference.foreach_dynamic_fake_quantize`; equal to it bit for bit.
-
-    One launch for all tensors whose channels along `axis` are one row of memory each, as those of weights are.
-    """
-    op = "dynamic_fake_quantize"
-    x_hats, scales, zero_points, calls = [], [], [], []
-    for x, width in zip(tensors, bits, strict=True):
-        native_args.check_bits(op, width)
-        if x.numel() == 0:
-            out, scale, zero_point = reference.dynamic_fake_quantize(x, width, axis)
-        else:
-            out = torch.empty_like(x)
-            x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
-            layout = native_args.layout(op, x, axis)
-            scale = torch.empty(layout.channels, dtype=torch.float32, device=x.device)
-            zero_point = torch.empty(layout.channels, dtype=torch.int32, device=x.device)
-            calls.append((x, out, scale, zero_point, layout, width))
-            first = calls[0][0]
-            if x.dtype != first.dtype or x.device != first.device:
-                raise InvalidInputError(
-                    f"{op}: tensors must have one dtype and device, got {first.dtype} on {first.device} and "
-                    f"{x.dtype} on {x.device}"
-                )
-        x_hats.append(out)
-        scales.append(scale)
-        zero_points.append(zero_point)
-    if calls:
-        with _on(calls[0][0]):
-            _kernels(op).dynamic_fake_quantize(calls)
-    return x_hats, scales, zero_points
-
-
-def observe_fake_quantize(
-    x: Tensor,
-    running_min: Tensor,
-    running_max: Tensor,
-    num_batches: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bits: int,
-    momentum: float,
-) -> Tensor:
-    """See :func:`adadfq.ops.reference.observe_fake_quantize`; the state stays on the device."""
-    op = "observe_fake_quantize"
-    native_args.check_bits(op, bits)
-    out = torch.empty_like(x)
-    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
-    if x.numel() == 0:
-        raise InvalidInputError(f"{op}: x must hold at least one element, got shape {list(x.shape)}")
-    state = [
-        native_args.scalar(op, name, tensor, dtype, x.device)
-        for name, tensor, dtype in (
-            ("running_min", running_min, torch.float32),
-            ("running_max", running_max, torch.float32),
-            ("num_batches", num_batches, torch.int64),
-            ("scale", scale, torch.float32),
-            ("zero_point", zero_point, torch.int32),
-        )
-    ]
-    with _on(x):
-        _kernels(op).observe_fake_quantize(x, out, *state, bits, momentum)
-    return out
-
-
-def affine_act_fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    act: str,
-    act_scale: Tensor | None,
-    act_zero_point: Tensor | None,
-    bits: int,
-) -> Tensor:
-    """See :func:`adadfq.ops.reference.affine_act_fake_quantize`; equal to it bit for bit."""
-    op = "affine_act_fake_quantize"
-    return _affine_act(op, x, scale, shift, residual, act, act_scale, act_zero_point, bits, x.dtype)
-
-
-def affine_act_quantize(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    act: str,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    bits: int,
-) -> Tensor:
-    """See :func:`adadfq.ops.reference.affine_act_quantize`; equal to it."""
-    op = "affine_act_quantize"
-    return _affine_act(op, x, scale, shift, residual, act, act_scale, act_zero_point, bits, torch.uint8)
-
-
-def _affine_act(
-    op: str,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    act: str,
-    act_scale: Tensor | None,
-    act_zero_point: Tensor | None,
-    bits: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    native_args.check_bits(op, bits)
-    out = torch.empty_like(x, dtype=out_dtype)
-    act_number = reference.act_number(act)
-    if x.numel() == 0:
-        return out
-    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
-    layout = native_args.layout(op, x, 1)
-    scale = native_args.vector(op, "scale", scale, x.shape[1], torch.float32, x.device)
-    shift = native_args.vector(op, "shift", shift, x.shape[1], torch.float32, x.device)
-    if residual is not None:
-        residual = native_args.like(op, "residual", residual, x)
-    if reference.is_quantised(act_scale, act_zero_point):
-        act_scale = native_args.scalar(op, "act_scale", act_scale, torch.float32, x.device)
-        act_zero_point = native_args.scalar(op, "act_zero_point", act_zero_point, torch.int32, x.device)
-    with _on(x):
-        _kernels("affine_act_fake_quantize").affine_act_fake_quantize(
-            x, scale, shift, residual, act_number, act_scale, act_zero_point, out, layout.channels, layout.inner, bits
-        )
-    return out
-
-
-def affine_act_fake_quantize_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    act: str,
-    need_residual: bool,
-    need_params: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`adadfq.ops.reference.affine_act_fake_quantize_backward`; long sums in float64."""
-    op = "affine_act_fake_quantize_backward"
-    act_number = reference.act_number(act)
-    grad_x = torch.empty_like(x)
-    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
-    channels = x.shape[1]
-    grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
-    grad_scale = torch.empty(channels if need_params else 0, dtype=torch.float32, device=x.device)
-    grad_shift = torch.empty_like(grad_scale)
-    if x.numel() == 0:
-        return grad_x, grad_residual, grad_scale.zero_(), grad_shift.zero_()
-    layout = native_args.layout(op, x, 1)
-    scale = native_args.vector(op, "scale", scale, channels, torch.float32, x.device)
-    shift = native_args.vector(op, "shift", shift, channels, torch.float32, x.device)
-    grad = native_args.like(op, "grad", grad, x)
-    if residual is not None:
-        residual = native_args.like(op, "residual", residual, x)
-    with _on(x):
-        _kernels("affine_act_fake_quantize").affine_act_fake_quantize_backward(
-            grad,
-            x,
-            scale,
-            shift,
-            residual,
-            act_number,
-            grad_x,
-            grad_residual if need_residual else None,
-            grad_scale if need_params else None,
-            grad_shift if need_params else None,
-            layout,
-        )
-    return grad_x, grad_residual, grad_scale, grad_shift
-
-
-def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`adadfq.ops.reference.bn_match`; long sums in float64."""
-    return _bn_match("bn_match", x, running_mean, running_var, None, None, 0.0, None)
-
-
-def bn_match_forward(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`adadfq.ops.reference.bn_match_forward`; y is equal to it bit for bit."""
-    y = torch.empty_like(x)
-    return y, *_bn_match("bn_match_forward", x, running_mean, running_var, weight, bias, eps, y)
-
-
-def _bn_match(
-    op: str,
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    y: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
-    if x.numel() == 0:
-        return reference.bn_match(x, running_mean, running_var)
-    channels, device = x.shape[1], x.device
-    running_mean = native_args.vector(op, "running_mean", running_mean, channels, torch.float32, device)
-    running_var = native_args.vector(op, "running_var", running_var, channels, torch.float32, device)
-    if weight is not None:
-        weight = native_args.vector(op, "weight", weight, channels, torch.float32, device)
-    if bias is not None:
-        bias = native_args.vector(op, "bias", bias, channels, torch.float32, device)
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    mean = torch.empty(channels, dtype=torch.float64, device=device)
-    var = torch.empty(channels, dtype=torch.float64, device=device)
-    layout = native_args.layout(op, x, 1)
-    with _on(x):
-        _kernels("bn_match").bn_match(x, running_mean, running_var, weight, bias, eps, y, loss, mean, var, layout)
-    return loss, mean, var
-
-
-def bn_match_backward(
-    grad_loss: Tensor, x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
-) -> Tensor:
-    """See :func:`adadfq.ops.reference.bn_match_backward`; equal to it bit for bit."""
-    op = "bn_match_backward"
-    return _bn_match_backward(op, None, grad_loss, x, mean, var, running_mean, running_var, None, 0.0)
-
-
-def bn_match_forward_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    grad_loss: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """See :func:`adadfq.ops.reference.bn_match_forward_backward`; equal to it bit for bit."""
-    op = "bn_match_forward_backward"
-    return _bn_match_backward(op, grad_y, grad_loss, x, mean, var, running_mean, running_var, weight, eps)
-
-
-def _bn_match_backward(
-    op: str,
-    grad_y: Tensor | None,
-    grad_loss: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    x = native_args.main_tensor(op, "x", x, DEVICE_TYPE)
-    grad_loss = native_args.scalar(op, "grad_loss", grad_loss, torch.float32, x.device)
-    channels, device = x.shape[1], x.device
-    mean = native_args.vector(op, "mean", mean, channels, torch.float64, device)
-    var = native_args.vector(op, "var", var, channels, torch.float64, device)
-    running_mean = native_args.vector(op, "running_mean", running_mean, channels, torch.float32, device)
-    running_var = native_args.vector(op, "running_var", running_var, channels, torch.float32, device)
-    if weight is not None:
-        weight = native_args.vector(op, "weight", weight, channels, torch.float32, device)
-    if grad_y is not None:
-        grad_y = native_args.like(op, "grad_y", grad_y, x)
-    layout = native_args.layout(op, x, 1)
-    with _on(x):
-        _kernels("bn_match").bn_match_backward(
-            grad_y, grad_loss, x, mean, var, running_mean, running_var, weight, eps, out, layout
-        )
-    return out
-
-
-def margin_loss(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
-    labels: Tensor,
-    lambda_l: float,
-    lambda_u: float,
-    alpha_ds: float,
-    alpha_as: float,
-    beta: float,
-    detach_min: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`adadfq.ops.reference.margin_loss`; computed in float64.
-
-    A label outside 0..K - 1 makes the losses and its row's gradients NaN: finding it out would wait for the device.
-    """
-    op = "margin_loss"
-    teacher, student = native_args.logits(op, teacher_logits, student_logits, DEVICE_TYPE)
-    labels = native_args.vector(op, "labels", labels, teacher.shape[0], torch.int64, teacher.device)
-    if INTERPRETED:
-        reference.check_labels(labels, teacher.shape[1])
-    # Four tensors, for operators may not return views of one.
-    total, margin, disagreement, agreement = (
-        torch.empty((), dtype=torch.float32, device=teacher.device) for _ in range(4)
-    )
-    h_prime = torch.empty(teacher.shape[0], dtype=torch.float32, device=teacher.device)
-    grad_teacher, grad_student = torch.empty_like(teacher), torch.empty_like(student)
-    results = (total, margin, disagreement, agreement, h_prime, grad_teacher, grad_student)
-    with _on(teacher):
-        _kernels("logit_losses").margin_loss(
-            teacher, student, labels, *results, lambda_l, lambda_u, alpha_ds, alpha_as, beta, detach_min
-        )
-    return results
-
-
-def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """See :func:`adadfq.ops.reference.entropy_distillation`; computed in float64."""
-    teacher, student = native_args.logits("entropy_distillation", teacher_logits, student_logits, DEVICE_TYPE)
-    loss = torch.empty((), dtype=torch.float32, device=teacher.device)
-    grad_student = torch.empty_like(student)
-    with _on(teacher):
-        _kernels("logit_losses").entropy_distillation(teacher, student, loss, grad_student, temperature)
-    return loss, grad_student
-
-
-KERNELS = {
-    "fake_quantize": fake_quantize,
-    "fake_quantize_": fake_quantize_,
-    "fake_quantize_backward": fake_quantize_backward,
-    "dynamic_fake_quantize": dynamic_fake_quantize,
-    "foreach_dynamic_fake_quantize": foreach_dynamic_fake_quantize,
-    "observe_fake_quantize": observe_fake_quantize,
-    "affine_act_fake_quantize": affine_act_fake_quantize,
-    "affine_act_quantize": affine_act_quantize,
-    "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
-    "bn_match": bn_match,
-    "bn_match_backward": bn_match_backward,
-    "bn_match_forward": bn_match_forward,
-    "bn_match_forward_backward": bn_match_forward_backward,
-    "margin_loss": margin_loss,
-    "entropy_distillation": entropy_distillation,
-}
+def __getattr__(name: str) -> Callable[..., Any]:
+    """Operators are attributes of the module too, as other backends' are."""
+    if name in KERNELS:
+        return KERNELS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
