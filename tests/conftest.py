@@ -10,14 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from native import NATIVE
 
 import adadfq
-from adadfq.ops import dispatch, triton
-
-if triton.INTERPRETED:
-    import interpreter
-
-    interpreter.install()
+from adadfq.ops import dispatch
 
 # The tests' tensors are too small to share between threads; those about threads set their own number.
 torch.set_num_threads(1)
@@ -33,9 +29,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=["reference", "triton" if triton.INTERPRETED else "cpu"])
+@pytest.fixture(params=["reference", NATIVE.NAME])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The reference and a native backend for CPU tensors, forced in turn: Triton's where it interprets its kernels.
+    """The reference and a native backend for CPU tensors, forced in turn: see native.py.
 
     The native one must be there: it is never skipped.
     """

@@ -1,12 +1,12 @@
-"""Runs the CPU kernels' tests on a ``_C_cpu`` built with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Runs the kernels' tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitize.py [--require] [pytest arguments]
+    python tests/sanitize.py [--require] [--cuda] [pytest arguments]
 
-The default arguments are the property tests, with few examples (ADADFQ_TEST_EXAMPLES), and the tests of the CPU
-kernels. torch's memory comes from the allocator that AddressSanitizer replaces, so an access beyond a tensor is seen:
-before the tests, one deliberate overrun and one deliberate overflow must be. Both sanitizers end the process; the
-report and the Python stack are then the last thing printed. Where g++ has no sanitizers nothing is run, which is a
-success without --require.
+The module is ``_C_cpu``, or with --cuda the CUDA kernels in their emulator (tests/cuda_emulator). The default arguments
+are the property tests, with few examples (ADADFQ_TEST_EXAMPLES), and the tests of the kernels. torch's memory comes
+from the allocator that AddressSanitizer replaces, so an access beyond a tensor is seen: before the tests, one
+deliberate overrun and one deliberate overflow must be. Both sanitizers end the process; the report and the Python
+stack are then the last thing printed. Where g++ has no sanitizers nothing is run, which is a success without --require.
 
 The same file is the pytest plugin that puts the module in place.
 """
@@ -33,21 +33,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Sanitizers cannot run inside the resolvers of cloned functions.
 SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-DADADFQ_NO_CLONES"]
-DEFAULT_TESTS = ["-q", "tests/test_properties.py", "tests/test_native_cpu.py"]
-DEFAULT_EXAMPLES = "0.3"
+#: By backend.
+DEFAULT_TESTS = {
+    "cpu": ["-q", "tests/test_properties.py", "tests/test_packing.py", "tests/test_native_cpu.py"],
+    "cuda": ["-q", "tests/test_properties.py", "tests/test_cuda_kernels.py"],
+}
+DEFAULT_EXAMPLES = {"cpu": "0.3", "cuda": "0.05"}
 MODULE = "adadfq._C_cpu"
-VARIABLE = "ADADFQ_SANITIZED_MODULE"
+VARIABLE, BACKEND = "ADADFQ_SANITIZED_MODULE", "ADADFQ_SANITIZED_BACKEND"
 
 #: What must be seen, and code that does it by way of the package.
 FAULTS = {
     "AddressSanitizer: heap-buffer-overflow": (
         "layout = native_args.layout\n"
         "native_args.layout = lambda *a: layout(*a)._replace(inner=layout(*a).inner + 1)\n"
-        "cpu.fake_quantize(torch.zeros(1001), torch.ones(1), torch.zeros(1, dtype=torch.int32), 4)\n"
+        "backend.KERNELS['fake_quantize'](torch.zeros(1001), torch.ones(1), torch.zeros(1, dtype=torch.int32), 4)\n"
     ),
     "runtime error: shift exponent 40 is too large": (
         "native_args.check_bits = lambda *a: None\n"
-        "cpu.fake_quantize(torch.zeros(3), torch.ones(1), torch.zeros(1, dtype=torch.int32), 40)\n"
+        "backend.KERNELS['fake_quantize'](torch.zeros(3), torch.ones(1), torch.zeros(1, dtype=torch.int32), 40)\n"
     ),
 }
 
@@ -72,7 +76,16 @@ def flags_of_setup() -> list[str]:
     raise RuntimeError("setup.py has no CXX_FLAGS")
 
 
-def build(folder: Path) -> Path:
+def build(backend: str, folder: Path) -> Path:
+    """The backend's module in `folder`."""
+    if backend == "cuda":
+        import emulated_cuda
+
+        return emulated_cuda.build("sanitized")
+    return build_cpu(folder)
+
+
+def build_cpu(folder: Path) -> Path:
     """The extension module in `folder`, compiled as setup.py does but for optimisation and sanitizers."""
     import pybind11
 
@@ -91,14 +104,14 @@ def build(folder: Path) -> Path:
     return module
 
 
-def environment(module: Path) -> dict[str, str]:
+def environment(backend: str, module: Path) -> dict[str, str]:
     """For a Python that was not linked with a sanitizer: its runtime must be the first library of the process, and
     libstdc++, whose exceptions it watches, there from the beginning."""
     linked = subprocess.run(["ldd", str(module)], check=True, capture_output=True, text=True).stdout
     preload = re.findall(r"lib(?:asan|stdc\+\+)\.so\S* => (\S+)", linked)
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     return {
-        "ADADFQ_TEST_EXAMPLES": DEFAULT_EXAMPLES,
+        "ADADFQ_TEST_EXAMPLES": DEFAULT_EXAMPLES[backend],
         **os.environ,
         "LD_PRELOAD": " ".join(sorted(preload)),
         # The interpreter and libgomp keep memory until the process ends.
@@ -106,28 +119,37 @@ def environment(module: Path) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
         "PYTHONPATH": path,
         VARIABLE: str(module),
+        BACKEND: backend,
+        **({"ADADFQ_TEST_EMULATED_CUDA": "sanitized"} if backend == "cuda" else {}),
     }
 
 
-def load() -> ModuleType:
+def load() -> None:
     """Put the sanitized module where the package looks for its own."""
     import torch  # noqa: F401  (its libgomp first, as in adadfq/ops/cpu.py)
 
+    if os.environ[BACKEND] == "cuda":
+        import emulated_cuda
+
+        emulated_cuda.install()
+        return
     spec = importlib.util.spec_from_file_location(MODULE, os.environ[VARIABLE])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[MODULE] = module
-    return module
+
+
+def backend() -> ModuleType:
+    """The backend under test."""
+    return importlib.import_module(f"adadfq.ops.{os.environ[BACKEND]}")
 
 
 def check_in_use() -> None:
     """Raise unless the package uses the sanitized module, and the sanitizer guards the ends of tensors."""
     import torch
 
-    from adadfq.ops import cpu
-
-    assert cpu.why_unavailable() is None and cpu._native().__file__ == os.environ[VARIABLE]
+    assert backend().why_unavailable() is None and backend()._native().__file__ == os.environ[VARIABLE]
     x = torch.empty(1001)
     poisoned = ctypes.CDLL(None).__asan_address_is_poisoned
     poisoned.argtypes = [ctypes.c_void_p]
@@ -151,7 +173,7 @@ def pytest_sessionfinish(session: Any) -> None:
 def check_faults_are_seen(env: dict[str, str]) -> None:
     """Raise unless the sanitizers end the process at each of FAULTS."""
     prelude = "import sanitize, torch; sanitize.load(); sanitize.check_in_use()\n"
-    prelude += "from adadfq.ops import cpu, native_args\n"
+    prelude += "from adadfq.ops import native_args\nbackend = sanitize.backend()\n"
     for report, code in FAULTS.items():
         command = [sys.executable, "-c", prelude + "print('begun', flush=True)\n" + code]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -163,16 +185,26 @@ def check_faults_are_seen(env: dict[str, str]) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--require", action="store_true", help="fail where there are no sanitizers")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels, in their emulator")
     options, tests = parser.parse_known_args(arguments)
+    backend = "cuda" if options.cuda else "cpu"
     if (reason := why_not()) is not None:
         print(f"sanitizers skipped: {reason}")
         return int(options.require)
     with tempfile.TemporaryDirectory() as folder:
-        module = build(Path(folder))
-        env = environment(module)
+        module = build(backend, Path(folder))
+        env = environment(backend, module)
         check_faults_are_seen(env)
         # Reports are written to file descriptor 2, which pytest would otherwise keep to itself until it ends.
-        command = [sys.executable, "-m", "pytest", "-p", "sanitize", "--capture=sys", *(tests or DEFAULT_TESTS)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "sanitize",
+            "--capture=sys",
+            *(tests or DEFAULT_TESTS[backend]),
+        ]
         return subprocess.run(command, cwd=ROOT, env=env).returncode
 
 

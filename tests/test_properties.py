@@ -20,9 +20,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native import NATIVE
 from torch import Tensor
 
-from adadfq.ops import cpu, reference, triton
+from adadfq.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -44,10 +45,6 @@ def examples(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]
         print_blob=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-
-
-#: What is compared with the reference: the CPU kernels, or Triton's in a process that interprets them.
-NATIVE = triton if triton.INTERPRETED else cpu
 
 
 def implementations(op: str) -> list[tuple[str, Callable[..., Any]]]:

@@ -1,4 +1,5 @@
-// bfloat16 and float16 as 16-bit storage, converted with integer arithmetic only.
+// bfloat16 and float16 as 16-bit storage, converted with integer arithmetic, or by a GPU's own
+// instructions, which round alike.
 //
 // Without branches, so that loops over them vectorise on any instruction set; without _Float16 or
 // __half, so that any C++17 compiler takes it, host and device alike. Rounding is to nearest, ties
@@ -42,6 +43,11 @@ ADADFQ_HD float to_float(float value) { return value; }
 ADADFQ_HD float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
 
 ADADFQ_HD float to_float(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  float converted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(value.bits));
+  return converted;
+#endif
   const uint32_t sign = (uint32_t{value.bits} & 0x8000u) << 16;
   const uint32_t shifted = (uint32_t{value.bits} & 0x7fffu)
                            << 13;  // exponent and mantissa in place
@@ -66,6 +72,11 @@ ADADFQ_HD float from_float<float>(float value) {
 
 template <>
 ADADFQ_HD BFloat16 from_float<BFloat16>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  BFloat16 converted;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(converted.bits) : "f"(value));
+  return converted;
+#endif
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   // Rounding would make an infinity of some NaN.
@@ -74,6 +85,11 @@ ADADFQ_HD BFloat16 from_float<BFloat16>(float value) {
 
 template <>
 ADADFQ_HD Float16 from_float<Float16>(float value) {
+#if defined(__CUDA_ARCH__)
+  Float16 converted;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(converted.bits) : "f"(value));
+  return converted;
+#endif
   const uint32_t all = float_to_bits(value);
   const uint32_t sign = (all >> 16) & 0x8000u;
   const uint32_t bits = all & 0x7fffffffu;

@@ -36,6 +36,11 @@ struct CodeBounds {
 };
 
 ADADFQ_HD float clamp_keep_nan(float v, float lo, float hi) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(lo));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(hi));
+  return v;
+#endif
   v = v < lo ? lo : v;
   return v > hi ? hi : v;
 }
