@@ -20,7 +20,7 @@ from adadfq.ops import cuda
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
-#: Which build of the kernels this process's tests run; none without a name.
+#: Which build of the kernels this process's tests run; none where it is not set.
 VARIANTS = {
     "1": [],
     "64": ["-DADADFQ_LAST_32_BITS=0"],
@@ -83,6 +83,6 @@ def _import(path: Path) -> ModuleType:
 
 def install() -> None:
     """From here on the CUDA backend of this process takes CPU tensors, where it is asked for by name."""
-    module = _import(build(WANTED))
+    module = _import(build(WANTED) if WANTED in VARIANTS else Path(WANTED))
     cuda.DEVICE_TYPE, cuda.INTERPRETED = "cpu", True
     cuda._load = lambda: (module, None)

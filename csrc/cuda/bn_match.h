@@ -1,0 +1,42 @@
+// Matching a layer's batch statistics with the running statistics of its BatchNorm, alone or with
+// the BatchNorm itself, on a CUDA device. Device memory; queued on `stream` of the current device,
+// never waits.
+#ifndef ADADFQ_CUDA_BN_MATCH_H_
+#define ADADFQ_CUDA_BN_MATCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include "../common/dtype.h"
+#include "../common/layout.h"
+
+namespace adadfq {
+namespace cuda {
+
+// Parameters of an inference BatchNorm, one value a channel; weight and bias may be null.
+struct BatchNorm {
+  const float* running_mean;
+  const float* running_var;
+  const float* weight;
+  const float* bias;
+  double eps;
+};
+
+// x: layout.elements() values of `dtype`, at least one. Writes the loss (one value), and the means
+// and biased variances, layout.channels values each. With `y` (values of `dtype`, else null) also
+// writes the BatchNorm of x; without it only the running statistics of `norm` are read. scratch:
+// partial_doubles(layout.channels) float64 numbers (partials.h).
+cudaError_t bn_match(const void* x, const BatchNorm& norm, void* y, float* loss, double* mean,
+                     double* var, double* scratch, const Layout& layout, DType dtype,
+                     cudaStream_t stream);
+
+// grad_y (values of `dtype`, or null: no gradient but that of the loss), grad_loss: one value. x,
+// out: layout.elements() values of `dtype`. Without grad_y only the running statistics of `norm`
+// are read.
+cudaError_t bn_match_backward(const void* grad_y, const float* grad_loss, const void* x,
+                              const double* mean, const double* var, const BatchNorm& norm,
+                              void* out, const Layout& layout, DType dtype, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace adadfq
+
+#endif  // ADADFQ_CUDA_BN_MATCH_H_
