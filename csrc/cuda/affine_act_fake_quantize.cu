@@ -7,10 +7,13 @@
 // Build with --fmad=false. Bytes an element, float32: 8, 12 with a residual, 5 and 9 where codes
 // are stored; 16-bit types 4, 6, 3 and 4.
 //
-// Test: python -m pytest tests/test_cuda_emulated.py -k affine; with a GPU python -m pytest -m gpu
-// tests Time: python -m benchmarks ops --device cuda --suite gpu --ops affine_act_fake_quantize
-// --json out.json Build alone: nvcc -std=c++17 -O3 --fmad=false -c
-// csrc/cuda/affine_act_fake_quantize.cu -o affine.o
+// Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k affine
+//
+// On a GPU: python -m pytest -m gpu tests
+//
+// Time: python -m benchmarks ops --device cuda --suite gpu --ops affine_act_fake_quantize
+//
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/affine_act_fake_quantize.cu
 #include "affine_act_fake_quantize.h"
 
 #include <type_traits>

@@ -12,9 +12,12 @@
 // residual and its gradient; 16-bit types half of that.
 //
 // Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k affine
-// With a GPU: python -m pytest -m gpu tests
+//
+// On a GPU: python -m pytest -m gpu tests
+//
 // Time: python -m benchmarks ops --device cuda --suite gpu --ops affine_act_fake_quantize
-// Build alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/affine_act_fake_quantize_backward.cu
+//
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/affine_act_fake_quantize_backward.cu
 #include "../common/activation.h"
 #include "affine_act_fake_quantize.h"
 #include "channel_sums.h"

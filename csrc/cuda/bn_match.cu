@@ -19,9 +19,12 @@
 // backward 8, 12 with dL/dy; 16-bit types half of that.
 //
 // Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k bn_match
-// With a GPU: python -m pytest -m gpu tests
+//
+// On a GPU: python -m pytest -m gpu tests
+//
 // Time: python -m benchmarks ops --device cuda --suite gpu --ops bn_match,bn_match_forward
-// Build alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/bn_match.cu -o bn_match.o
+//
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/bn_match.cu
 #include "bn_match.h"
 
 #include "../common/batch_norm.h"

@@ -19,13 +19,14 @@
 // fake_quantize.cu. Bytes an element, float32: 12, of which 4 from the cache where the tensor fits
 // it. 16-bit types: half.
 //
-// Test: python -m pytest tests/test_cuda_emulated.py -k dynamic; with a GPU python -m pytest -m gpu
-// tests
+// Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k dynamic
+//
+// On a GPU: python -m pytest -m gpu tests
 //
 // Time: python -m benchmarks ops --device cuda --suite gpu --ops
-// dynamic_fake_quantize,foreach_dynamic_fake_quantize --json out.json
+// dynamic_fake_quantize,foreach_dynamic_fake_quantize
 //
-// Build alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/dynamic_fake_quantize.cu -o dynamic.o
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/dynamic_fake_quantize.cu
 #include "dynamic_fake_quantize.h"
 
 #include "channel_ranges.h"

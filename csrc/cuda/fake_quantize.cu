@@ -6,10 +6,13 @@
 // The arithmetic is csrc/common/division.h; build with --fmad=false.
 // Bytes an element, float32: 8 forward, 12 backward; 16-bit types half of that.
 //
-// Test: python -m pytest tests/test_cuda_emulated.py -k fake_quantize; with a GPU python -m pytest
-// -m gpu tests Time: python -m benchmarks ops --device cuda --suite gpu --ops fake_quantize --json
-// out.json Build alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/fake_quantize.cu -o
-// fake_quantize.o
+// Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k fake_quantize
+//
+// On a GPU: python -m pytest -m gpu tests
+//
+// Time: python -m benchmarks ops --device cuda --suite gpu --ops fake_quantize
+//
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/fake_quantize.cu
 #include "fake_quantize.h"
 
 #include "../common/division.h"

@@ -24,11 +24,13 @@
 // all that counts: 20 cycles an element and multiprocessor, hence 16 us for [256, 1000] logits on
 // 128 multiprocessors of 2.5 GHz.
 //
-// Test: python -m pytest tests/test_cuda_emulated.py -k "margin or distillation"
-//       with a GPU: python -m pytest -m gpu tests
+// Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k "loss or distil"
+//
+// On a GPU: python -m pytest -m gpu tests
+//
 // Time: python -m benchmarks ops --device cuda --suite gpu --ops margin_loss,entropy_distillation
-//       --json out.json
-// Build alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/logit_losses.cu -o logit_losses.o
+//
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/logit_losses.cu
 #include "logit_losses.h"
 
 #include <cooperative_groups.h>

@@ -10,13 +10,13 @@
 // first launch goes through x backwards, so that where x does not fit the cache, the second begins
 // with what is still there.
 //
-// Test: python -m pytest tests/test_cuda_emulated.py -k observe; with a GPU python -m pytest -m gpu
-// tests
+// Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k observe
 //
-// Time: python -m benchmarks ops --device cuda --suite gpu --ops observe_fake_quantize --json
-// out.json
+// On a GPU: python -m pytest -m gpu tests
 //
-// Build alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/observe_fake_quantize.cu -o observe.o
+// Time: python -m benchmarks ops --device cuda --suite gpu --ops observe_fake_quantize
+//
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/observe_fake_quantize.cu
 #include "observe_fake_quantize.h"
 
 #include "dispatch_dtype.h"

@@ -7,8 +7,11 @@
 // through shared memory, so that they are stored and loaded 16 at a time. Build with --fmad=false.
 // Bytes an element: 4 + k / 8 in float32, 2 + k / 8 in 16-bit types.
 //
-// Test: python -m pytest tests/test_cuda_emulated.py -k pack; with a GPU python -m pytest -m gpu
-// tests Build alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/packing.cu -o packing.o
+// Test: ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_cuda_kernels.py -k pack
+//
+// On a GPU: python -m pytest -m gpu tests
+//
+// Alone: nvcc -std=c++17 -O3 --fmad=false -c csrc/cuda/packing.cu
 #include "packing.h"
 
 #include "../common/division.h"
