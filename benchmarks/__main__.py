@@ -234,26 +234,44 @@ def step(
 @_json
 @click.option("--gpu", "gpu_name", default="h200", show_default=True, help="Whose bandwidth and clocks.")
 @click.option("--filter", "filters", multiple=True, metavar="TEXT", help="Only names that hold or match it.")
-def predict(json_path: Path | None, gpu_name: str, filters: tuple[str, ...]) -> None:
-    """Estimate, without a GPU, how long the Triton kernels take on one, from their machine code."""
+@click.option("--backend", default="triton", metavar="triton|cuda|both", show_default=True, help="Whose kernels.")
+@click.option(
+    "--module",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the CUDA kernels are; by default the installed adadfq._C_cuda.",
+)
+def predict(json_path: Path | None, gpu_name: str, filters: tuple[str, ...], backend: str, module: Path | None) -> None:
+    """Estimate, without a GPU, how long the kernels take on one, from their machine code.
+
+    CUDA kernels are read from a module that nvcc built for that GPU; their launchers are compiled for the CPU.
+    """
     from adadfq.errors import InvalidInputError
-    from benchmarks import store
+    from benchmarks import predict_cuda, resources, store
     from benchmarks.cases import matches
-    from benchmarks.environment import describe, pick_device
-    from benchmarks.predict import GPUS, chosen
+    from benchmarks.environment import describe, native_matches, pick_device
+    from benchmarks.predict import BACKENDS, GPUS, chosen
     from benchmarks.predict import predict as predict_case
     from benchmarks.report import predictions_text
 
     if gpu_name not in GPUS:
         raise InvalidInputError(f"gpu must be one of {', '.join(GPUS)}, got {gpu_name!r}")
+    if backend not in (*BACKENDS, "both"):
+        raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}, both, got {backend!r}")
+    backends = BACKENDS if backend == "both" else (backend,)
     cases = [case for case in chosen() if all(matches(case.name, text) for text in filters)]
     if not cases:
         raise InvalidInputError(f"no predicted case fits the filters {list(filters)}")
-    options = {"gpu": gpu_name, "filters": list(filters)}
-    content = store.document("predictions", describe(pick_device("cpu", 1)), options)
+    environment, build = describe(pick_device("cpu", 1)), None
+    if "cuda" in backends:
+        module = resources.find_module() if module is None else module
+        predict_cuda.check_module(module, GPUS[gpu_name].capability)
+        build = resources.build_info(module)
+        environment["native_matches_sources"] = native_matches(build)
+    options = {"gpu": gpu_name, "filters": list(filters), "backend": backend, "nvcc": (build or {}).get("nvcc")}
+    content = store.document("predictions", environment, options)
     if json_path is not None:
         store.write(json_path, content)  # a path that cannot be written is found now
-    content["rows"] = [predict_case(case, GPUS[gpu_name]) for case in cases]
+    content["rows"] = [predict_case(case, GPUS[gpu_name], name, module) for case in cases for name in backends]
     click.echo(predictions_text(content["rows"]))
     if json_path is not None:
         store.write(json_path, content)

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import sass
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -83,8 +85,7 @@ class Launch:
     @cached_property
     def listing(self) -> list[tuple[int, str]]:
         """Address and text of the machine's instructions, in order, without the padding at the end."""
-        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", self._cuobjdump("-sass"))
-        return [(int(address, 16), text.strip()) for address, text in found if not text.startswith("NOP")]
+        return sass.listing(self._cuobjdump("-sass"))
 
     @property
     def sass(self) -> list[str]:

@@ -1,7 +1,8 @@
-"""How long the Triton kernels should take on a GPU that is not there: an estimate, and no measurement.
+"""How long the Triton and CUDA kernels should take on a GPU that is not there: an estimate, and no measurement.
 
 Every operator is called as the backend calls it, on CPU tensors that nobody touches, and what it launches is compiled
-for the GPU (:mod:`benchmarks.compiled`). Of a launch
+for the GPU (:mod:`benchmarks.compiled`) or looked up in the module that nvcc built (:mod:`benchmarks.predict_cuda`).
+Of a launch
 
     memory       = bytes of the tensors it reads and writes / (MEMORY_SHARE of the GPU's bandwidth)
     instructions = executed instructions / (ISSUE_SHARE of what its lanes execute)
@@ -17,12 +18,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adadfq.errors import InvalidInputError
+from benchmarks import predict_cuda, sass
 from benchmarks.cases import HUGE, HUGE_ACT, LAYOUTS, LOGIT_LOSSES, Case, registry
 
 
@@ -32,12 +35,18 @@ class Gpu(NamedTuple):
     title: str
     capability: int
     bytes_per_s: float
-    lanes: int
+    multiprocessors: int
     hertz: float
 
+    @property
+    def lanes(self) -> int:
+        """Threads that execute an instruction at a time."""
+        return 128 * self.multiprocessors
 
+
+BACKENDS = ("triton", "cuda")
 #: Name -> GPU; clocks are the highest it holds.
-GPUS = {"h200": Gpu("NVIDIA H200", 90, 4.8e12, 132 * 128, 1.755e9)}
+GPUS = {"h200": Gpu("NVIDIA H200", 90, 4.8e12, 132, 1.755e9)}
 #: What a plain copy gets of the bandwidth, and a kernel of independent instructions of the issue slots.
 MEMORY_SHARE, ISSUE_SHARE = 0.92, 0.85
 LAUNCH_US = 2.0
@@ -148,33 +157,62 @@ def _backend() -> Iterator[dict[str, Callable[..., Any]]]:
         triton.DEVICE_TYPE, triton._kernels, logit_losses._can_wait = before
 
 
-def predict(case: Case, gpu: Gpu) -> dict[str, Any]:
-    """A row; see :data:`benchmarks.store.FIELDS`.
-
-    Raises:
-        InvalidInputError: Triton is missing, or the operator cannot be called or compiled.
-    """
+def _triton_launches(op: str, args: tuple[Any, ...], gpu: Gpu) -> list[Any]:
     try:
         from benchmarks.compiled import compiling_for
     except ImportError as error:
         raise InvalidInputError(f"predict needs Triton and its NVIDIA tools ({error}): pip install triton") from error
+    with _backend() as kernels, compiling_for(gpu.capability) as launches:
+        kernels[op](*args)
+        # The first call of a size of logits has a launch more than the others.
+        launches.clear()
+        kernels[op](*args)
+    return launches
+
+
+def _triton_instructions(launch: Any, case: Case) -> float:
+    """Instructions of all threads for an element."""
+    twice = launch.name in _TWO_PASSES or launch.options.get("PHASES") == _BOTH_PHASES
+    passes = 2 if twice else 1
+    programs, turns = launch.threads // (32 * launch.warps), 0
+    if case.op in LOGIT_LOSSES:
+        tiles = -(-case.shapes[0][0] // launch.options["ROWS"])
+        turns = -(-tiles // programs)
+    bytes_per_element = launch.nbytes / case.numel
+    return sass.per_element(launch.listing, launch.threads, case.numel, bytes_per_element, passes, turns)
+
+
+def predict(case: Case, gpu: Gpu, backend: str = "triton", module: Path | None = None) -> dict[str, Any]:
+    """A row; see :data:`benchmarks.store.FIELDS`.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        module: what nvcc built; only the CUDA backend needs it.
+
+    Raises:
+        InvalidInputError: Triton, or what the CUDA backend's kernels are read with, is missing, or the operator cannot
+            be called or compiled.
+    """
     op, args = _call(case)
     try:
-        with _backend() as kernels, compiling_for(gpu.capability) as launches:
-            kernels[op](*args)
-            # The first call of a size of logits has a launch more than the others.
-            launches.clear()
-            kernels[op](*args)
-        largest = max(launch.nbytes for launch in launches)
-        found = [_launch(launch, case, gpu, launch.nbytes >= MAIN_SHARE * largest) for launch in launches]
+        if backend == "cuda":
+            found = predict_cuda.launches(op, args, gpu.multiprocessors, gpu.capability, module)
+            instructions = predict_cuda.Launch.instructions_per_element
+        else:
+            found, instructions = _triton_launches(op, args, gpu), _triton_instructions
+        # What moves next to nothing costs its launch.
+        least = MAIN_SHARE * max(launch.nbytes for launch in found)
+        parts = [
+            _part(launch, instructions(launch, case) if launch.nbytes >= least else 0.0, case, gpu) for launch in found
+        ]
     except InvalidInputError:
         raise
     except Exception as error:  # whatever a compiler raises, no case may be left out
         raise InvalidInputError(f"{case.name} cannot be compiled ({type(error).__name__}: {error})") from error
     terms = {
-        "memory": sum(part["memory_us"] for part in found if part["memory_us"] >= part["instructions_us"]),
-        "instructions": sum(part["instructions_us"] for part in found if part["memory_us"] < part["instructions_us"]),
-        "launches": LAUNCH_US * len(found),
+        "memory": sum(part["memory_us"] for part in parts if part["memory_us"] >= part["instructions_us"]),
+        "instructions": sum(part["instructions_us"] for part in parts if part["memory_us"] < part["instructions_us"]),
+        "launches": LAUNCH_US * len(parts),
     }
     predicted = sum(terms.values())
     copy = case.bytes_moved / (MEMORY_SHARE * gpu.bytes_per_s) * 1e6 + LAUNCH_US
@@ -188,29 +226,18 @@ def predict(case: Case, gpu: Gpu) -> dict[str, Any]:
         "nbytes": case.nbytes,
         "bytes_moved": case.bytes_moved,
         "gpu": gpu.title,
-        "launches": found,
-        "bytes_per_element": sum(part["nbytes"] for part in found) / case.numel,
-        "instructions_per_element": sum(part["instructions_per_element"] for part in found),
+        "backend": backend,
+        "launches": parts,
+        "bytes_per_element": sum(part["nbytes"] for part in parts) / case.numel,
+        "instructions_per_element": sum(part["instructions_per_element"] for part in parts),
         "predicted_us": predicted,
         "fraction_of_copy": copy / predicted,
         "bound_by": max(terms, key=lambda name: terms[name]),
     }
 
 
-def _launch(launch: Any, case: Case, gpu: Gpu, is_main: bool) -> dict[str, Any]:
-    from benchmarks import sass
-
+def _part(launch: Any, instructions: float, case: Case, gpu: Gpu) -> dict[str, Any]:
     resources = launch.resources
-    instructions = 0.0
-    if is_main:
-        twice = launch.name in _TWO_PASSES or launch.options.get("PHASES") == _BOTH_PHASES
-        passes = 2 if twice else 1
-        programs, turns = launch.threads // (32 * launch.warps), 0
-        if case.op in LOGIT_LOSSES:
-            tiles = -(-case.shapes[0][0] // launch.options["ROWS"])
-            turns = -(-tiles // programs)
-        bytes_per_element = launch.nbytes / case.numel
-        instructions = sass.per_element(launch.listing, launch.threads, case.numel, bytes_per_element, passes, turns)
     return {
         "kernel": launch.name,
         "programs": launch.threads // (32 * launch.warps),

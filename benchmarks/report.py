@@ -54,8 +54,10 @@ def judged_text(judged: Iterable[Judgement]) -> str:
 
 def predictions_text(rows: Iterable[Row]) -> str:
     """Every prediction, and the registers and instructions it comes from."""
-    header = ["case", "launches", "registers", "spilled", "bytes/el.", "instr./el.", "us", "of copy", "bound by"]
-    return text_table(header, [[row["case"], *_predicted_cells([row]), row["bound_by"]] for row in rows])
+    header = ["case", "backend", "launches", "registers", "spilled"]
+    header += ["bytes/el.", "instr./el.", "us", "of copy", "bound by"]
+    lines = [[row["case"], row["backend"], *_predicted_cells([row]), row["bound_by"]] for row in rows]
+    return text_table(header, lines)
 
 
 def _predicted_cells(rows: Sequence[Row]) -> list[str]:
@@ -117,7 +119,7 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     rows = content["rows"]
     environment = content["environment"]
     if content["kind"] == "predictions":
-        return _predictions_block(path, rows, environment)
+        return _predictions_block(path, content)
     if content["kind"] == "resources":
         return _resources_block(path, content)
     title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
@@ -142,27 +144,34 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _predictions_block(path: Path, rows: Sequence[Row], environment: dict[str, Any]) -> str:
+def _predictions_block(path: Path, content: dict[str, Any]) -> str:
+    rows, environment = content["rows"], content["environment"]
     gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
     title = f"**{gpus}: predicted, not yet run on a GPU** (`benchmarks/results/{path.name}`), from the machine code of"
-    title += f" Triton {environment['versions']['triton']}{_commit(environment)}"
-    groups: dict[tuple[str, str], list[Row]] = {}
+    compilers = {
+        "triton": f"Triton {environment['versions']['triton']}",
+        "cuda": f"nvcc {content['options'].get('nvcc')}",
+    }
+    title += " " + " and ".join(compilers[name] for name in dict.fromkeys(row["backend"] for row in rows))
+    title += _commit(environment)
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         # Of one layer, or logits of one size, in every dtype and layout; activations are the layer's.
         what = row["variant"].removeprefix("relu6").removeprefix("relu").strip("_-")
         if row["op"] in LOGIT_LOSSES:
             what = row["case"].split("/")[3]
-        groups.setdefault((f"`{row['op']}` {what}".strip(), row["pass"]), []).append(row)
+        groups.setdefault((row["backend"], f"`{row['op']}` {what}".strip(), row["pass"]), []).append(row)
     lines = [
         [
+            backend,
             f"{name} {pass_}",
             str(len(found)),
             *_predicted_cells(found),
             ", ".join(dict.fromkeys(row["bound_by"] for row in found)),
         ]
-        for (name, pass_), found in groups.items()
+        for (backend, name, pass_), found in groups.items()
     ]
-    header = ["operator and pass", "cases", "launches", "registers", "spilled bytes", "bytes an element"]
+    header = ["backend", "operator and pass", "cases", "launches", "registers", "spilled bytes", "bytes an element"]
     header += ["instructions an element", "us", "of the copy", "bound by"]
     note = "Estimates of `benchmarks/predict.py`: memory or instructions, whichever takes longer, and the launches."
     return "\n\n".join([title, *([markdown_table(header, lines)] if lines else []), note])

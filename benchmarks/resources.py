@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adadfq.errors import InvalidInputError
 
@@ -27,8 +27,20 @@ _ANONYMOUS = re.compile(r"\(anonymous namespace\)::")
 _SOURCE = re.compile(r"_GLOBAL__N__[0-9a-f]+_(\d+)_(\w+)")
 
 
-def resources(module: Path, cuobjdump: Path) -> list[dict[str, Any]]:
-    """A row (:data:`benchmarks.store.FIELDS`) for every kernel and architecture, in this order.
+class Kernel(NamedTuple):
+    """A kernel for one architecture."""
+
+    source: str
+    name: str
+    variant: str
+    arch: str
+    mangled: str
+    usage: dict[str, int]
+    """REG, STACK, SHARED, LOCAL and so on: registers a thread, bytes of the rest."""
+
+
+def kernels(module: Path, cuobjdump: Path) -> list[Kernel]:
+    """Every kernel of a module, for every architecture.
 
     Raises:
         InvalidInputError: the module is missing, holds no kernels or cannot be read, or no c++filt is there.
@@ -37,30 +49,39 @@ def resources(module: Path, cuobjdump: Path) -> list[dict[str, Any]]:
         raise InvalidInputError(f"there is no module {module}: build it first, or name another one")
     found: list[tuple[str, str, dict[str, int]]] = []
     arch = ""
-    for name, usage, next_arch in _USAGE.findall(_run([str(cuobjdump), "-res-usage", str(module)])):
+    for name, usage, next_arch in _USAGE.findall(output_of([str(cuobjdump), "-res-usage", str(module)])):
         if next_arch:
             arch = next_arch
         else:
             found.append((name, arch, {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}))
     if not found:
         raise InvalidInputError(f"{module} holds no CUDA kernels: build it with nvcc present, or name another module")
-    rows = []
-    for (mangled, arch, usage), readable in zip(
-        found, _demangled([name for name, *_ in found], cuobjdump), strict=True
-    ):
-        kernel, variant = short_name(readable)
-        rows.append(
-            {
-                "source": source(mangled),
-                "kernel": kernel,
-                "variant": variant,
-                "arch": arch,
-                "registers": usage["REG"],
-                "stack_bytes": usage["STACK"],
-                "local_bytes": usage["LOCAL"],
-                "shared_bytes": usage["SHARED"],
-            }
-        )
+    readable = demangled([name for name, *_ in found], cuobjdump)
+    return [
+        Kernel(source(mangled), *short_name(name), arch, mangled, usage)
+        for (mangled, arch, usage), name in zip(found, readable, strict=True)
+    ]
+
+
+def resources(module: Path, cuobjdump: Path) -> list[dict[str, Any]]:
+    """A row (:data:`benchmarks.store.FIELDS`) for every kernel and architecture, in this order.
+
+    Raises:
+        InvalidInputError: the module is missing, holds no kernels or cannot be read, or no c++filt is there.
+    """
+    rows = [
+        {
+            "source": kernel.source,
+            "kernel": kernel.name,
+            "variant": kernel.variant,
+            "arch": kernel.arch,
+            "registers": kernel.usage["REG"],
+            "stack_bytes": kernel.usage["STACK"],
+            "local_bytes": kernel.usage["LOCAL"],
+            "shared_bytes": kernel.usage["SHARED"],
+        }
+        for kernel in kernels(module, cuobjdump)
+    ]
     return sorted(rows, key=lambda row: (row["source"], row["kernel"], row["variant"], arch_number(row["arch"])))
 
 
@@ -138,17 +159,27 @@ def select(rows: Sequence[dict[str, Any]], archs: Sequence[str]) -> list[dict[st
     return [row for row in rows if not wanted or row["arch"] in wanted]
 
 
-def _demangled(names: Sequence[str], cuobjdump: Path) -> list[str]:
+def demangled(names: Sequence[str], cuobjdump: Path) -> list[str]:
+    """Readable names, by the tool beside `cuobjdump` or on PATH.
+
+    Raises:
+        InvalidInputError: there is none, or it fails.
+    """
     tool = shutil.which("cu++filt", path=str(cuobjdump.parent)) or shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         raise InvalidInputError("neither cu++filt nor c++filt is on PATH: the latter comes with binutils")
-    readable = _run([tool], "\n".join(names)).splitlines()
+    readable = output_of([tool], "\n".join(names)).splitlines()
     if len(readable) != len(names):
         raise InvalidInputError(f"{tool} gave {len(readable)} names for {len(names)}")
     return readable
 
 
-def _run(command: Sequence[str], text: str | None = None) -> str:
+def output_of(command: Sequence[str], text: str | None = None) -> str:
+    """Standard output of `command`, which reads `text`.
+
+    Raises:
+        InvalidInputError: it cannot be run, or fails.
+    """
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True)
     except OSError as error:

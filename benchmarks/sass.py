@@ -1,28 +1,41 @@
-"""What threads execute, estimated from a listing of instructions (:attr:`benchmarks.compiled.Launch.listing`).
+"""What threads execute, estimated from a listing of instructions (:func:`listing`).
 
 Nothing is run. Loops are backward branches; how often they go round is known from the bytes that one round moves, and
 everything outside of them is counted along the longest way through it, so that alternatives count once, the longest
-one. Subroutines (the slow ways of divisions and square roots) are not followed.
+one. A round of a loop is the way through it with the most 16-byte accesses; of ways that tie, the one with the fewest
+calls and float64 instructions, which are for what is rare, and then the longest. Branches that a launch's parameters
+decide go where they go (:mod:`benchmarks.uniform`). Subroutines (the slow ways of divisions and square roots) are not
+followed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 Listing = list[tuple[int, str]]
+#: Address of a conditional branch -> whether it is taken.
+Decided = Mapping[int, bool]
 
 _BRANCH = re.compile(r"^(@\S+ )?BRA\b.*?0x([0-9a-f]+)$")
 _ACCESS = re.compile(r"^(?:@\S+ )?(LDG|STG|LDGSTS)((?:\.\w+)*)")
+_RARE = re.compile(r"^(?:@\S+ )?(?:CALL|D(?:ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w*64H)")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+def listing(text: str) -> Listing:
+    """Address and text of the instructions of one function that ``cuobjdump -sass`` printed, without the padding."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)
+    return [(int(address, 16), text.strip()) for address, text in found if not text.startswith("NOP")]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop: its instructions, and the bytes that one round of it loads from and stores to global memory.
+    """A loop: the instructions of one round of it, and the bytes that this loads from and stores to global memory.
 
-    Bytes are those of 16-byte accesses where there are any, for others are of parameters, else all.
+    Bytes are those of 16-byte accesses where there are any, for others are of parameters, else all; for loads and
+    stores each.
     """
 
     instructions: int
@@ -41,65 +54,147 @@ def _accesses(texts: Iterable[str]) -> list[tuple[bool, int]]:
     return found
 
 
-def _spans(listing: Listing) -> list[tuple[int, int]]:
-    """First and last address of every loop, by its first."""
-    found = []
-    for address, text in listing:
-        if (match := _BRANCH.match(text)) and (target := int(match[2], 16)) < address:
-            found.append((target, address))
-    return sorted(found)
+class _Code:
+    """A listing as a graph whose ways only go forward."""
+
+    def __init__(self, code: Listing, decided: Decided) -> None:
+        self.code = code
+        self.place = {address: i for i, (address, _) in enumerate(code)}
+        self.next: list[list[int]] = []
+        for i, (address, text) in enumerate(code):
+            match = _BRANCH.match(text)
+            taken = decided.get(address)
+            ways = [] if taken else [i + 1]
+            if (match and text == f"BRA 0x{match[2]}") or text.startswith(("EXIT", "RET")):
+                ways = []
+            if match and taken is not False and (target := int(match[2], 16)) > address:
+                ways.append(self.place.get(target, len(code)))
+            self.next.append(ways)
+        self.spans = self._spans(decided)
+        self.inner = [span for span in self.spans if not self.held(span)]
+
+    def _spans(self, decided: Decided) -> list[tuple[int, int]]:
+        """First and last address of every loop, by its first.
+
+        Code that was moved behind the end, and goes back to where it came from, is none: what it goes back to does not
+        lead to it.
+        """
+        found = []
+        for address, text in self.code:
+            match = _BRANCH.match(text)
+            if match is None or (target := int(match[2], 16)) >= address or decided.get(address) is False:
+                continue
+            if self._leads(self.place[target], self.place[address]):
+                found.append((target, address))
+        return sorted(found)
+
+    def _leads(self, first: int, last: int) -> bool:
+        reached = {first}
+        for i in range(first, last):
+            if i in reached:
+                reached.update(self.next[i])
+        return last in reached
+
+    def held(self, span: tuple[int, int]) -> list[tuple[int, int]]:
+        """The loops in a loop."""
+        return [(a, b) for a, b in self.spans if (a, b) != span and span[0] <= a and b <= span[1]]
+
+    def way(
+        self, first: int, last: int, key: Callable[[str], tuple[int, ...]], left_out: Iterable[tuple[int, int]]
+    ) -> tuple[tuple[int, ...], list[int]] | None:
+        """The way from place `first` to `last`, or to an exit where that is the end, with the largest sum of keys.
+
+        (sum, places on it), or None where there is no way. Instructions of the loops `left_out` are not counted.
+        """
+        skipped = list(left_out)
+        at_end = last == len(self.code)
+        best: dict[int, tuple[tuple[int, ...], int | None]] = {}
+        for i in reversed(range(first, min(last + 1, len(self.code)))):
+            address, text = self.code[i]
+            ways = [(best[j][0], j) for j in self.next[i] if j in best] if i != last else []
+            if not ways and i != last and not (at_end and all(j >= len(self.code) for j in self.next[i])):
+                continue
+            total, following = max(ways, key=lambda way: way[0]) if ways else (None, None)
+            own = key(text)
+            if any(a <= address <= b for a, b in skipped):
+                own = tuple(0 for _ in own)
+            best[i] = tuple(a + b for a, b in zip(own, total or own, strict=True)) if total else own, following
+        if first not in best:
+            return None
+        places, at = [], first
+        while at is not None:
+            if not any(a <= self.code[at][0] <= b for a, b in skipped):
+                places.append(at)
+            at = best[at][1]
+        return best[first][0], places
 
 
-def loops(listing: Listing) -> list[Loop]:
-    """The innermost loops that touch global memory, in order."""
-    spans = _spans(listing)
+def _busy(text: str) -> tuple[int, ...]:
+    accesses = _accesses([text])
+    wide = sum(size == 16 for _, size in accesses)
+    stored = sum(size for is_store, size in accesses if is_store)
+    return wide, stored, -bool(_RARE.match(text)), 1
+
+
+def _long(text: str) -> tuple[int, ...]:
+    return (1,)
+
+
+def _busy_and_long(text: str) -> tuple[int, ...]:
+    wide, stored, _, one = _busy(text)
+    return wide, stored, one
+
+
+def loops(code: Listing, decided: Decided | None = None) -> list[Loop]:
+    """The loops that touch global memory: innermost ones, in order, then what others do besides the loops in them."""
+    graph = _Code(code, decided or {})
     found = []
-    for first, last in spans:
-        if any((a, b) != (first, last) and first <= a and b <= last for a, b in spans):
+    for span in graph.inner + [span for span in graph.spans if span not in graph.inner]:
+        way = graph.way(graph.place[span[0]], graph.place[span[1]], _busy, graph.held(span))
+        if way is None:
             continue
-        texts = [text for address, text in listing if first <= address <= last]
-        accesses = _accesses(texts)
-        wide = [access for access in accesses if access[1] == 16]
-        chosen = wide or accesses
-        loaded, stored = (sum(size for is_store, size in chosen if is_store is kind) for kind in (False, True))
-        if chosen:
-            found.append(Loop(len(texts), len(wide), loaded, stored))
+        accesses = _accesses(code[i][1] for i in way[1])
+        moved = {}
+        for kind in (False, True):
+            sizes = [size for is_store, size in accesses if is_store is kind]
+            moved[kind] = sum(size for size in sizes if size == 16) or sum(sizes)
+        if accesses:
+            wide = sum(size == 16 for _, size in accesses)
+            found.append(Loop(len(way[1]), wide, moved[False], moved[True]))
     return found
 
 
-def outside(listing: Listing) -> int:
-    """Instructions outside of loops on the longest way from the first to an exit."""
-    spans = _spans(listing)
-    place = {address: i for i, (address, _) in enumerate(listing)}
-    longest = [0] * (len(listing) + 1)
-    for i in reversed(range(len(listing))):
-        address, text = listing[i]
-        ways = [longest[i + 1]]
-        if match := _BRANCH.match(text):
-            target = int(match[2], 16)
-            if text == f"BRA 0x{match[2]}":
-                ways = [0]
-            if target > address:
-                ways.append(longest[place.get(target, len(listing))])
-        elif text.startswith(("EXIT", "RET")):
-            ways = [0]
-        longest[i] = max(ways) + (not any(first <= address <= last for first, last in spans))
-    return longest[0]
+def outside(code: Listing, decided: Decided | None = None, busiest: bool = False) -> int:
+    """Instructions outside of loops on the longest way from the first to an exit, or on the `busiest`, as in loops."""
+    graph = _Code(code, decided or {})
+    way = graph.way(0, len(code), _busy if busiest else _long, graph.spans)
+    return 0 if way is None else way[0][-1]
 
 
-def around(listing: Listing) -> int:
+def once(code: Listing, decided: Decided | None = None) -> int:
+    """Instructions on the busiest way from the first to an exit, of these the longest; it goes round loops once."""
+    way = _Code(code, decided or {}).way(0, len(code), _busy_and_long, ())
+    return 0 if way is None else way[0][-1]
+
+
+def around(code: Listing) -> int:
     """Instructions in loops that hold other loops, without those."""
-    spans = _spans(listing)
-    inner = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
+    graph = _Code(code, {})
 
     def is_in(address: int, places: list[tuple[int, int]]) -> bool:
         return any(first <= address <= last for first, last in places)
 
-    return sum(is_in(address, spans) and not is_in(address, inner) for address, _ in listing)
+    return sum(is_in(address, graph.spans) and not is_in(address, graph.inner) for address, _ in code)
 
 
 def per_element(
-    listing: Listing, threads: int, numel: int, bytes_per_element: float, passes: int = 1, turns: int = 0
+    code: Listing,
+    threads: int,
+    numel: int,
+    bytes_per_element: float,
+    passes: int = 1,
+    turns: int = 0,
+    decided: Decided | None = None,
 ) -> float:
     """Instructions of all threads for one of `numel` elements.
 
@@ -107,11 +202,13 @@ def per_element(
         bytes_per_element: what the kernel moves for an element, and so a round of its loop.
         passes: 2 where a loop that only loads goes over all elements before the one that stores does.
         turns: how often a thread goes round the loops that hold other loops.
+        decided: which way branches go, where that is known.
     """
-    found = loops(listing)
-    once = (outside(listing) + turns * around(listing)) * threads / numel
+    found = loops(code, decided)
+    in_turns = turns * around(code) if turns else 0
+    once_each = (outside(code, decided) + in_turns) * threads / numel
     if not found:
-        return once
+        return once_each
 
     def busiest(candidates: list[Loop]) -> Loop:
         # The first of equal ones: later ones are for what is rare.
@@ -123,4 +220,4 @@ def per_element(
         first = busiest([loop for loop in found if not loop.stored])
         # It loads what the other loop loads and stores.
         total += first.instructions / (first.loaded / (bytes_per_element / 2))
-    return once + total
+    return once_each + total

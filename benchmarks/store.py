@@ -87,6 +87,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "nbytes": (int,),
         "bytes_moved": (int,),
         "gpu": (str,),
+        "backend": (str,),
         "launches": (list,),
         "bytes_per_element": (float,),
         "instructions_per_element": (float,),
