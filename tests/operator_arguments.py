@@ -107,5 +107,7 @@ def assert_right(op: str, got: list[Tensor], args: tuple[Any, ...]) -> None:
         step = unit * torch.finfo(value.dtype).smallest_normal if value.is_floating_point() else 0
         size = float(true.abs().max()) if true.numel() else 0.0
         # Next to a kink or a tie float32 and float64 may part: one element in ten thousand.
-        wrong = (value.double() - true.double()).abs() > unit * true.double().abs() + 4e-6 * size + step + 1e-9
+        near = (value.double() - true.double()).abs() <= unit * true.double().abs() + 4e-6 * size + step + 1e-9
+        # Memory that is never written holds NaN in tests.
+        wrong = ~near & (value != true) & ~(value.isnan() & true.isnan())
         assert int(wrong.sum()) <= wrong.numel() // 10_000, (op, int(wrong.sum()), wrong.numel())
