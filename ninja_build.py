@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +54,8 @@ def build(folder: Path, modules: Sequence[Module], jobs: int, force: bool = Fals
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "build.ninja"
-    file.write_text("\n".join([f"builddir = {_path(folder)}\n", *map(_rules, modules)]))
+    edges = [edge for _, edge in sorted(edge for module in modules for edge in _compilations(module))]
+    file.write_text("\n".join([f"builddir = {_path(folder)}\n", *map(_rules, modules), *edges, ""]))
     ninja = [*find(), "-f", str(file)]
     if force:
         subprocess.run([*ninja, "-t", "clean"], check=True)
@@ -71,11 +72,29 @@ def _path(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def _object(module: Module, source: str) -> str:
+    return _path(module.path.parent / _name(module) / f"{source}.o")
+
+
+def _name(module: Module) -> str:
+    return module.path.name.partition(".")[0]
+
+
+def _compilations(module: Module) -> Iterator[tuple[tuple[bool, int, str], str]]:
+    """(key, edge) of every source. By the keys, the long ones come first, as ninja begins with what it reads first.
+
+    Those are device code, which is compiled for every architecture, and large files.
+    """
+    for source in module.sources:
+        path = Path(source)
+        key = path.suffix != ".cu", -path.stat().st_size, source
+        yield key, f"build {_object(module, source)}: compile{_name(module)} {_path(path)}"
+
+
 def _rules(module: Module) -> str:
-    name = module.path.name.partition(".")[0]
+    name = _name(module)
     compiler, linker = (shlex.join(command).replace("$", "$$") for command in (module.compiler, module.linker))
-    objects = [_path(module.path.parent / name / f"{source}.o") for source in module.sources]
-    edges = [f"build {o}: compile{name} {_path(Path(s))}" for o, s in zip(objects, module.sources, strict=True)]
+    objects = " ".join(_object(module, source) for source in module.sources)
     return "\n".join(
         [
             f"rule compile{name}",
@@ -87,7 +106,6 @@ def _rules(module: Module) -> str:
             # Moved, so that a linker that is killed leaves nothing that looks like a module.
             f"  command = {linker} $in -o $out.tmp && mv -f $out.tmp $out",
             "  description = link $out",
-            *edges,
-            f"build {_path(module.path)}: link{name} {' '.join(objects)}\n",
+            f"build {_path(module.path)}: link{name} {objects}\n",
         ]
     )

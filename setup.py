@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,10 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # which isolated builds leave ou
 import ninja_build
 
 CUDA = "adadfq._C_cuda"
+BUILD_INFO = f"_build_info.{sys.implementation.cache_tag}.json"  # every Python has modules of its own
+FIX_NVCC = "fix it, set CUDA_HOME, or ADADFQ_CUDA=0 leaves CUDA out"
 OLDEST_NVCC = (12, 4)
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+# The PTX of one serves all from it to the next: nvcc's front end, most of its time, runs once for them. It is the same
+# for all of them, so the machine code is too.
+PTX_ARCHS = ("75", "80", "100")
 # Results must not depend on contraction or reassociation; see csrc/common/quantizer.h.
 CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS += ["-g0"]  # Python's own flags may ask for debug information, which takes a third of the time
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 # Said by the compiler wherever it happens; tests/test_cuda_build.py takes no such warning.
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage"]
@@ -41,13 +48,19 @@ NVCC_LINK_FLAGS = ["-shared", "-cudart=static"]
 
 
 def find_nvcc(environ: Mapping[str, str], default: Path = Path("/usr/local/cuda")) -> Path | None:
-    """nvcc under CUDA_HOME, CUDA_PATH, on PATH or under `default`, in this order."""
-    roots = [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
-    on_path = shutil.which("nvcc", path=environ.get("PATH", os.defpath))
-    candidates = [root / "bin" / "nvcc" for root in roots]
-    candidates += [Path(on_path)] if on_path else []
-    candidates += [default / "bin" / "nvcc"]
-    return next((nvcc for nvcc in candidates if os.access(nvcc, os.X_OK) and nvcc.is_file()), None)
+    """nvcc under CUDA_HOME, CUDA_PATH, on PATH or under `default`, in this order; says which variable is wrong."""
+
+    def usable(nvcc: Path) -> bool:
+        return os.access(nvcc, os.X_OK) and nvcc.is_file()
+
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if root := environ.get(name):
+            if usable(nvcc := Path(root, "bin", "nvcc")):
+                return nvcc
+            print(f"adadfq: {name}={root} is ignored: there is no bin/nvcc in it that can be run", flush=True)
+    if on_path := shutil.which("nvcc", path=environ.get("PATH", os.defpath)):
+        return Path(on_path)
+    return nvcc if usable(nvcc := default / "bin" / "nvcc") else None
 
 
 def choose_archs(requested: str | None, available: Sequence[str]) -> list[str]:
@@ -63,20 +76,33 @@ def choose_archs(requested: str | None, available: Sequence[str]) -> list[str]:
     return sorted(set(archs), key=int)
 
 
+def ptx_arch(arch: str) -> str:
+    """Whose PTX the machine code for `arch` is made from: the newest of PTX_ARCHS that is not newer."""
+    return max((ptx for ptx in PTX_ARCHS if int(ptx) <= int(arch)), key=int, default=arch)
+
+
 def arch_flags(archs: Sequence[str]) -> list[str]:
-    """Machine code for every arch, and PTX for the newest, from which later GPUs compile their own."""
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    """Machine code for every arch, and the newest one's PTX, from which later GPUs compile their own."""
+    flags = [f"-gencode=arch=compute_{ptx_arch(arch)},code=sm_{arch}" for arch in archs]
+    newest = ptx_arch(archs[-1])
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
-def output_of(command: Sequence[str]) -> str:
-    """Standard output of `command`."""
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def output_of(command: Sequence[str], way_out: str) -> str:
+    """Standard output of `command`; where it fails, `way_out` is a part of the error's message."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise OptionError(f"adadfq: {shlex.join(command)} cannot be run: {error.strerror}; {way_out}") from error
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        raise OptionError(f"adadfq: {shlex.join(command)} failed: {said}; {way_out}")
+    return done.stdout
 
 
 def nvcc_version(nvcc: Path) -> str:
     """Such as "13.0". Raises where it is older than OLDEST_NVCC."""
-    found = re.search(r"release (\d+)\.(\d+)", output_of([str(nvcc), "--version"]))
+    found = re.search(r"release (\d+)\.(\d+)", output_of([str(nvcc), "--version"], FIX_NVCC))
     version = found.groups() if found else ("0", "0")
     if tuple(map(int, version)) < OLDEST_NVCC:
         raise OptionError(
@@ -112,7 +138,7 @@ def digest_of_sources(folder: Path = Path("csrc")) -> str:
 
 
 class BuildExt(build_ext):
-    """build_ext that compiles with g++ and nvcc, and records what was built in adadfq/_build_info.json."""
+    """build_ext that compiles with g++ and nvcc, and records what was built in adadfq, as BUILD_INFO."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -131,11 +157,15 @@ class BuildExt(build_ext):
         self.info["sources"] = digest_of_sources()  # now: what is edited meanwhile was not all compiled
         super().run()
         compiler = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
-        self.info["cxx"] = output_of([compiler[0], "--version"]).splitlines()[0]
+        self.info["cxx"] = output_of([compiler[0], "--version"], "set CXX").splitlines()[0]
         in_place = self.inplace or getattr(self, "editable_mode", False)
         folder = Path("adadfq") if in_place else Path(self.build_lib, "adadfq")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_build_info.json").write_text(json.dumps(self.info, indent=2, sort_keys=True) + "\n")
+        if self.nvcc is None:  # of an earlier build: it would be imported, or come into a wheel
+            name = Path(self.get_ext_filename(CUDA)).name
+            for stale in {folder / name, Path(self.build_lib, "adadfq", name)}:
+                stale.unlink(missing_ok=True)
+        (folder / BUILD_INFO).write_text(json.dumps(self.info, indent=2, sort_keys=True) + "\n")
 
     def build_extensions(self) -> None:
         """Compile and link all modules in build_temp by one run of ninja, and copy them from there."""
@@ -157,8 +187,9 @@ class BuildExt(build_ext):
             return compiler, [*self.compiler.compiler_cxx, *self.compiler.linker_so_cxx[1:], *ext.extra_link_args]
         # nvcc compiles the binding too: it knows where its headers and libraries are, wherever it is itself.
         nvcc, version = str(self.nvcc), nvcc_version(self.nvcc)
-        available = re.findall(r"compute_(\d+)\b", output_of([nvcc, "--list-gpu-arch"]))
+        available = re.findall(r"compute_(\d+)\b", output_of([nvcc, "--list-gpu-arch"], FIX_NVCC))
         archs = choose_archs(os.environ.get("ADADFQ_CUDA_ARCHS"), available)
+        print(f"adadfq: CUDA {version} at {nvcc}, for {', '.join(f'sm_{arch}' for arch in archs)}", flush=True)
         self.info |= {"cuda_archs": archs, "nvcc": version}
         return [nvcc, *NVCC_FLAGS, *arch_flags(archs), *includes], [nvcc, *NVCC_LINK_FLAGS]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from adadfq.version import __version__
 
-BUILD_FILE = Path(__file__).with_name("_build_info.json")
+BUILD_FILE = Path(__file__).with_name(f"_build_info.{sys.implementation.cache_tag}.json")
 
 
 def collect() -> dict[str, Any]:

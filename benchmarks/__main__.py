@@ -135,6 +135,7 @@ def ops(
 
     Exits with 1 where a result was wrong.
     """
+    from adadfq.ops import routes
     from benchmarks import ratios, store
     from benchmarks.environment import describe, machine, pick_device
     from benchmarks.huge_pages import for_everybody
@@ -175,7 +176,8 @@ def ops(
             store.write(json_path, content)  # what was measured outlives an interrupt
     if json_path is not None:
         store.write(json_path, content)
-    if judged := judged_text(ratios.judge(content["rows"], content["left_out"])):
+    table = routes.current() if device.type == routes.DEVICE_TYPE else None
+    if judged := judged_text(ratios.judge(content["rows"], content["left_out"], table=table)):
         click.echo(f"\n{judged}")
     if content["left_out"]:
         click.echo(f"the time was up: {len(content['left_out'])} of {len(chosen)} cases were not run", err=True)
@@ -249,7 +251,7 @@ def predict(json_path: Path | None, gpu_name: str, filters: tuple[str, ...], bac
     from benchmarks import predict_cuda, resources, store
     from benchmarks.cases import matches
     from benchmarks.environment import describe, native_matches, pick_device
-    from benchmarks.predict import BACKENDS, GPUS, chosen
+    from benchmarks.predict import BACKENDS, GPUS, chosen, serves
     from benchmarks.predict import predict as predict_case
     from benchmarks.report import predictions_text
 
@@ -259,7 +261,8 @@ def predict(json_path: Path | None, gpu_name: str, filters: tuple[str, ...], bac
         raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}, both, got {backend!r}")
     backends = BACKENDS if backend == "both" else (backend,)
     cases = [case for case in chosen() if all(matches(case.name, text) for text in filters)]
-    if not cases:
+    pairs = [(case, name) for case in cases for name in backends if serves(name, case)]
+    if not pairs:
         raise InvalidInputError(f"no predicted case fits the filters {list(filters)}")
     environment, build = describe(pick_device("cpu", 1)), None
     if "cuda" in backends:
@@ -271,7 +274,7 @@ def predict(json_path: Path | None, gpu_name: str, filters: tuple[str, ...], bac
     content = store.document("predictions", environment, options)
     if json_path is not None:
         store.write(json_path, content)  # a path that cannot be written is found now
-    content["rows"] = [predict_case(case, GPUS[gpu_name], name, module) for case in cases for name in backends]
+    content["rows"] = [predict_case(case, GPUS[gpu_name], name, module) for case, name in pairs]
     click.echo(predictions_text(content["rows"]))
     if json_path is not None:
         store.write(json_path, content)
@@ -316,20 +319,23 @@ def compare(first: Path, second: Path, force: bool) -> None:
 
 @main.command()
 @click.argument("results", type=_file)
-def judge(results: Path) -> None:
+@click.option("--routes", "table", type=_file, help="Of which backend serves what on a GPU; by default that in force.")
+def judge(results: Path, table: Path | None) -> None:
     """Hold a file against the table of demands (README, "Benchmarks"). Exits with 1 where one is not met.
 
     A demand without a case, or on a case that was left out, is not met.
     """
     from adadfq.errors import InvalidInputError
+    from adadfq.ops import routes
     from benchmarks import ratios, store
     from benchmarks.report import judged_text
 
     content = store.read(results)
     left_out = content["left_out"]
-    if content["kind"] != "ops" or not ratios.judge(content["rows"], left_out):
+    in_force = routes.current() if table is None else routes.load(table)
+    if content["kind"] != "ops" or not ratios.judge(content["rows"], left_out, table=in_force):
         raise InvalidInputError(f"{results} holds no case with a demand: run 'ops --suite judged'")
-    judged = ratios.judge(content["rows"], left_out, whole=True)
+    judged = ratios.judge(content["rows"], left_out, whole=True, table=in_force)
     click.echo(judged_text(judged))
     if not all(judgement.met for judgement in judged):
         sys.exit(EXIT_WRONG)
@@ -340,14 +346,22 @@ def judge(results: Path) -> None:
 @click.option(
     "--out", "path", type=_file, required=True, help="The table, for ADADFQ_ROUTES or adadfq/ops/routes.json."
 )
-def routes(results: tuple[Path, ...], path: Path) -> None:
-    """Choose between cuda and triton, by operator, dtype and size, from files of 'ops --device cuda'."""
+@_dry_run
+def routes(results: tuple[Path, ...], path: Path, dry_run: bool) -> None:
+    """Choose between cuda and triton, by operator, dtype and size, from files of 'ops --device cuda'.
+
+    Prints every case that the table leaves with a backend more than 5 % slower than the other.
+    """
     from benchmarks import routes as table
     from benchmarks import store
 
-    content = table.build([store.read(result) for result in results])
+    if dry_run:
+        return
+    contents = [store.read(result) for result in results]
+    content = table.build(contents)
     table.write(path, content)
     click.echo(table.table_text(content))
+    click.echo(table.slower_text(table.left_slower(contents, content)))
 
 
 @main.command()

@@ -22,10 +22,19 @@ BATCHES = (16, 128)
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "channels_last")
 PASSES = ("forward", "backward", "both")
+#: dtype -> the layer whose tensor has at least 256 MB in it, several times what a GPU's caches hold.
+HUGE = {"float32": "resnet18@224.conv1/b128", "bfloat16": "mobilenetv2@224.features.2.conv.0.0/b128"}
+#: Layers of ResNet-20, the first and one of the last, on whose tensors a kernel takes about as long as an empty one.
+_LAUNCHES = ("resnet20@32.conv1/b16", "resnet20@32.layer3.0.conv1/b16")
+#: Whose weights are packed.
+_PACKED = "resnet18@224"
 SUITES = ("quick", "judged", "gpu", "full")
 #: Batch x classes of the losses on logits.
 LOGITS = ((16, 10), (16, 100), (16, 1000), (64, 100), (128, 10), (128, 1000), (256, 10), (256, 1000), (1024, 1000))
 LOGIT_LOSSES = ("margin_loss", "entropy_distillation")
+PACKING = ("quantize_pack", "unpack_dequantize")
+#: Of quantised tensors, and of packed codes.
+BITS = 4
 #: Name of the shape on which a call costs nothing but its overhead.
 TINY = "tiny"
 
@@ -38,6 +47,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "observe_fake_quantize": ("forward", "both"),
     "affine_act_fake_quantize": PASSES,
     "affine_act_quantize": ("forward",),
+    "quantize_pack": ("forward",),
+    "unpack_dequantize": ("forward",),
     "bn_match": PASSES,
     "bn_match_forward": PASSES,
     "margin_loss": PASSES,
@@ -55,7 +66,7 @@ class Case:
     where: str
     """Where the shape is from, such as "resnet18@224.layer3.0.conv1/b16"."""
     shapes: tuple[tuple[int, ...], ...]
-    """Shape of the main tensor; of every tensor of a list."""
+    """Shape of the main tensor, of packed codes that of the tensor they stand for; of every tensor of a list."""
     dtype: str
     layout: str
     pass_: str
@@ -107,6 +118,8 @@ class Case:
             affine_backward = 3 if self.variant.endswith("trained") else 2
         if self.op == "affine_act_quantize":  # codes of one byte
             return size * (1 + residual) + self.numel
+        if self.op in PACKING:
+            return size + -(-self.numel * BITS // 8)
         forward, backward, *both = {
             # x -> x_hat; grad, x -> dx, or nothing
             "fake_quantize": (2, 3 if self.variant.endswith("clip") else 0),
@@ -192,6 +205,10 @@ def _weight_cases(network: str) -> Iterator[Case]:
                     yield case("dynamic_fake_quantize", "axis0", pass_)
                 yield case("fake_quantize", "axis0", "forward")
                 yield case("fake_quantize_", "axis0", "forward")
+                # Packing looks at no layout: what is not contiguous is copied first.
+                if network == _PACKED and layout == "contiguous":
+                    for op in PACKING:
+                        yield case(op, "axis0", "forward")
     shapes = tuple(layer.weight for layer in layers(network))
     for dtype in DTYPES:
         for pass_ in OPERATORS["foreach_dynamic_fake_quantize"]:
@@ -211,6 +228,16 @@ def _logit_cases() -> Iterator[Case]:
                     yield Case(op, "scaled", where, ((batch, classes),), dtype, "contiguous", pass_)
 
 
+def _packed_tensor_cases() -> Iterator[Case]:
+    """Packing with one scale, of a tensor of at least 256 MB and of a small one."""
+    known = {f"{network}.{layer.name}": layer for network in NETWORKS for layer in convolutions(network)}
+    for dtype, where in (*HUGE.items(), *((dtype, _LAUNCHES[1]) for dtype in HUGE)):
+        layer, _, batch = where.partition("/b")
+        for op in PACKING:
+            shape = (int(batch), *known[layer].output)
+            yield Case(op, "per_tensor", where, (shape,), dtype, "contiguous", "forward", (layer,))
+
+
 def _tiny_cases() -> Iterator[Case]:
     """One call of every operator on next to no data: what Python, the framework and the dispatch cost."""
     variants = {
@@ -221,6 +248,7 @@ def _tiny_cases() -> Iterator[Case]:
         "observe_fake_quantize": "per_tensor",
         "affine_act_fake_quantize": "relu_residual_frozen",
         "affine_act_quantize": "relu_residual",
+        **dict.fromkeys(PACKING, "per_tensor"),
     }
     for op, passes in OPERATORS.items():
         pass_ = "both" if "both" in passes else "forward"
@@ -231,7 +259,7 @@ def _tiny_cases() -> Iterator[Case]:
 @cache
 def registry() -> tuple[Case, ...]:
     """Every case of the suite, by operator in the order of :data:`OPERATORS`."""
-    found = [*_tiny_cases(), *_logit_cases()]
+    found = [*_tiny_cases(), *_logit_cases(), *_packed_tensor_cases()]
     for network in NETWORKS:
         found += [*_activation_cases(network), *_weight_cases(network)]
     order = list(OPERATORS)
@@ -301,8 +329,6 @@ _JUDGED = (
     "*/tiny/*",
 )
 
-#: dtype -> the layer whose tensor has at least 256 MB in it, several times what a GPU's caches hold.
-HUGE = {"float32": "resnet18@224.conv1/b128", "bfloat16": "mobilenetv2@224.features.2.conv.0.0/b128"}
 #: dtype -> the activation after it.
 HUGE_ACT = {"float32": "relu", "bfloat16": "relu6"}
 _BOTH_LAYOUTS = tuple((dtype, layout) for dtype in HUGE for layout in LAYOUTS)
@@ -316,6 +342,11 @@ def _huge(op: str, variant: str, pass_: str, places: Iterable[tuple[str, str]]) 
         yield f"{op}/{variant.format(act=HUGE_ACT[dtype])}/{HUGE[dtype]}/{dtype}/{layout}/{pass_}"
 
 
+def is_launch(where: str, pass_: str) -> bool:
+    """Whether a case is so small that on a GPU its kernels are held against an empty launch."""
+    return where.startswith("resnet20@32.") and where.endswith("/b16") and pass_ == "forward"
+
+
 #: What the kernels are judged by on a GPU: few enough cases, each compiled by torch.compile, for a stage of gpu.sh.
 _GPU = (
     *_huge("fake_quantize", "per_channel", "forward", _BOTH_LAYOUTS),
@@ -324,6 +355,14 @@ _GPU = (
     *_huge("bn_match_forward", "-", "forward", _THREE),
     "foreach_dynamic_fake_quantize/axis0/resnet18@224.weights/float32/contiguous/forward",
     "foreach_dynamic_fake_quantize/axis0/resnet18@224.weights/bfloat16/contiguous/forward",
+    "foreach_dynamic_fake_quantize/axis0/resnet50@224.weights/float32/contiguous/forward",
+    *(
+        f"{what}/{where}/float32/contiguous/forward"
+        for what in ("fake_quantize/per_tensor", "affine_act_fake_quantize/relu", "bn_match/-")
+        for where in _LAUNCHES
+    ),
+    *(f"{op}/per_tensor/{HUGE['float32']}/float32/contiguous/forward" for op in PACKING),
+    *(f"{op}/axis0/resnet18@224.layer4.0.conv2.weight/float32/contiguous/forward" for op in PACKING),
     *(f"margin_loss/-/logits/{size}/float32/contiguous/forward" for size in ("b16k10", "b128k1000", "b1024k1000")),
     *_huge("fake_quantize_", "per_channel", "forward", _ONE_LAYOUT),
     *_huge("fake_quantize", "per_channel_clip", "backward", _ONE_LAYOUT),

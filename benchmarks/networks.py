@@ -1,6 +1,6 @@
 """Layer shapes of the networks the suite takes its tensors from, from tables written out here.
 
-Layers have the names of their network's state_dict (torchvision's for ResNet-18 and MobileNetV2).
+Layers have the names of their network's state_dict (torchvision's for ResNet-18, ResNet-50 and MobileNetV2).
 """
 
 from __future__ import annotations
@@ -61,6 +61,22 @@ def _resnet18() -> list[Layer]:
     ]
 
 
+def _resnet50() -> list[Layer]:
+    layers = [_conv("conv1", 64, 3, 7, 112, "relu")]
+    inputs, before = 64, 56
+    for stage, blocks, channels, size in ((1, 3, 64, 56), (2, 4, 128, 28), (3, 6, 256, 14), (4, 3, 512, 7)):
+        for block in range(blocks):
+            prefix = f"layer{stage}.{block}"
+            # torchvision's stride is the 3x3 convolution's.
+            layers.append(_conv(f"{prefix}.conv1", channels, inputs, 1, before, "relu"))
+            layers.append(_conv(f"{prefix}.conv2", channels, channels, 3, size, "relu"))
+            layers.append(_conv(f"{prefix}.conv3", 4 * channels, channels, 1, size, "relu", residual=True))
+            if block == 0:
+                layers.append(_conv(f"{prefix}.downsample.0", 4 * channels, inputs, 1, size, "none"))
+            inputs, before = 4 * channels, size
+    return [*layers, Layer("fc", (1000, 2048), (1000,), "none", False)]
+
+
 #: Expansion, channels, blocks, stride of the first: table 2 of the MobileNetV2 paper.
 _MOBILENETV2 = (
     (1, 16, 1, 1),
@@ -96,6 +112,7 @@ def _mobilenetv2() -> list[Layer]:
 _TABLES: dict[str, Callable[[], list[Layer]]] = {
     "resnet20@32": _resnet20,
     "resnet18@224": _resnet18,
+    "resnet50@224": _resnet50,
     "mobilenetv2@224": _mobilenetv2,
 }
 NETWORKS = tuple(_TABLES)

@@ -82,7 +82,7 @@ def measure_case(
             low, median, high = kept.quantiles()
             row |= {
                 "rounds": len(kept.values),
-                "repeats": kept.repeats,
+                "repeats": kept.repeats * kept.calls,
                 "p20_ms": low * 1e3,
                 "p50_ms": median * 1e3,
                 "p80_ms": high * 1e3,

@@ -150,6 +150,37 @@ def affine_act_fake_quantize(
     return u.to(x.dtype)
 
 
+def quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
+    """Codes of `bits` bits, the first in a byte's lowest; a divisor of 8, so that none lies in two bytes."""
+    value = _compute(x)
+    into = _temporary(value, x)
+    codes = torch.div(value, _view(scale, x.dim(), axis)) if into is None else into.div_(_view(scale, x.dim(), axis))
+    codes = codes.round_().add_(_view(zero_point, x.dim(), axis)).clamp_(0, 2**bits - 1).to(torch.uint8).flatten()
+    each = 8 // bits
+    if rest := -codes.numel() % each:
+        codes = F.pad(codes, (0, rest))
+    first, *others = codes.view(-1, each).unbind(1)
+    for i, code in enumerate(others, 1):
+        first = first | code << i * bits
+    return first
+
+
+def unpack_dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    shape: Sequence[int],
+    axis: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(code - zero_point) * scale of what :func:`quantize_pack` packs."""
+    codes = torch.stack([packed >> i * bits & 2**bits - 1 for i in range(8 // bits)], 1)
+    values = codes.flatten()[: math.prod(shape)].view(shape).to(scale.dtype)
+    ndim = len(shape)
+    return values.sub_(_view(zero_point, ndim, axis)).mul_(_view(scale, ndim, axis)).to(dtype)
+
+
 def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     """MSE of the batch's mean and biased variance against the running ones."""
     var, mean = torch.var_mean(_compute(x), dim=[d for d in range(x.dim()) if d != 1], correction=0)

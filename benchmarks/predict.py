@@ -26,7 +26,7 @@ from torch import Tensor
 
 from adadfq.errors import InvalidInputError
 from benchmarks import predict_cuda, sass
-from benchmarks.cases import HUGE, HUGE_ACT, LAYOUTS, LOGIT_LOSSES, Case, registry
+from benchmarks.cases import BITS, HUGE, HUGE_ACT, LAYOUTS, LOGIT_LOSSES, PACKING, Case, registry
 
 
 class Gpu(NamedTuple):
@@ -59,7 +59,7 @@ _BOTH_PHASES = 3
 
 
 def chosen() -> list[Case]:
-    """Cases of at least 256 MB in both dtypes and layouts, a network's weights, and the losses."""
+    """Cases of at least 256 MB in both dtypes and layouts, networks' weights, and the losses."""
     parts = [
         ("fake_quantize", "per_tensor", "forward"),
         ("fake_quantize", "per_channel", "forward"),
@@ -82,15 +82,24 @@ def chosen() -> list[Case]:
     for dtype in HUGE:
         names.append(f"dynamic_fake_quantize/{weights}.layer4.0.conv2.weight/{dtype}/contiguous/forward")
         names.append(f"foreach_dynamic_fake_quantize/{weights}.weights/{dtype}/contiguous/forward")
+        names.append(f"foreach_dynamic_fake_quantize/axis0/resnet50@224.weights/{dtype}/contiguous/forward")
+        for op in PACKING:
+            names.append(f"{op}/per_tensor/{HUGE[dtype]}/{dtype}/contiguous/forward")
+            names.append(f"{op}/{weights}.layer4.0.conv2.weight/{dtype}/contiguous/forward")
     for op in LOGIT_LOSSES:  # the gradients come with the value
         names += [f"{op}/-/logits/{size}/float32/contiguous/both" for size in ("b16k10", "b1024k1000")]
     known = {name: case for case in registry() for name in case.aliases}
     return [known[name] for name in names]
 
 
+def serves(backend: str, case: Case) -> bool:
+    """Whether a backend has kernels for the operator of a case; Triton has none for packing."""
+    return backend != "triton" or case.op not in PACKING
+
+
 def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
     """Operator of the schema and arguments for it that hold nothing in particular."""
-    forward, bits = case.pass_ != "backward", 4
+    forward, bits = case.pass_ != "backward", BITS
 
     def tensor(shape: tuple[int, ...] = case.shapes[0]) -> Tensor:
         layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
@@ -109,6 +118,14 @@ def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
         size = 1 if axis is None else case.shapes[0][axis]
         args = (x, vector(size), vector(size, int32), bits, axis)
         return (case.op, args) if forward else ("fake_quantize_backward", (tensor(), *args))
+    if case.op in PACKING:
+        axis = {"per_tensor": None, "axis0": 0}[case.variant]
+        size = 1 if axis is None else case.shapes[0][axis]
+        quantizer = (vector(size), vector(size, int32), bits)
+        if case.op == "quantize_pack":
+            return case.op, (x, *quantizer, axis)
+        packed = vector(-(-case.numel * bits // 8), torch.uint8)
+        return case.op, (packed, *quantizer, list(case.shapes[0]), axis, case.torch_dtype)
     if case.op == "dynamic_fake_quantize":
         return case.op, (x, bits, 0)
     if case.op == "foreach_dynamic_fake_quantize":

@@ -13,10 +13,9 @@ from torch import Tensor
 from adadfq import functional
 from adadfq.ops.schema import compute_dtype
 from benchmarks import plain
-from benchmarks.cases import TINY, Case
+from benchmarks.cases import BITS, TINY, Case
 from benchmarks.ties import near_kink, near_tie
 
-BITS = 4
 MOMENTUM = 0.9
 EPS = 1e-5
 #: A gradient that is not 1: who leaves it out is found.
@@ -145,6 +144,36 @@ def _fake_quantize_inplace(case: Case, inputs: _Inputs) -> Problem:
         native=_native_fake_quantize(axis),
         mutated=[0],
         output_slack=lambda outputs: [_step_slack(x, step)],
+    )
+
+
+def _quantize_pack(case: Case, inputs: _Inputs) -> Problem:
+    (shape,), axis = case.shapes, _axis(case)
+    scale, zero_point, step = _quantizer(case, inputs)
+    x = inputs.normal(shape)
+
+    def output_slack(_: Outputs) -> list[Tensor | None]:
+        # A code may be one off; a byte holds two, the first in its lower half.
+        codes = near_tie(x.double() / step.double()).flatten().to(torch.int64)
+        halves = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+        return [halves[:, 0] + 2**BITS * halves[:, 1]]
+
+    return Problem(
+        args=[x, scale, zero_point],
+        ours=lambda x, s, z: (functional.quantize_pack(x, s, z, BITS, axis),),
+        plain=lambda x, s, z: (plain.quantize_pack(x, s, z, BITS, axis),),
+        output_slack=output_slack,
+    )
+
+
+def _unpack_dequantize(case: Case, inputs: _Inputs) -> Problem:
+    (shape,), axis, dtype = case.shapes, _axis(case), case.torch_dtype
+    scale, zero_point, _ = _quantizer(case, inputs)
+    packed = inputs.integers(-(-case.numel * BITS // 8), 256, torch.uint8)
+    return Problem(
+        args=[packed, scale, zero_point],
+        ours=lambda p, s, z: (functional.unpack_dequantize(p, s, z, BITS, shape, axis, dtype),),
+        plain=lambda p, s, z: (plain.unpack_dequantize(p, s, z, BITS, shape, axis, dtype),),
     )
 
 
@@ -362,6 +391,8 @@ _BUILDERS: dict[str, Callable[[Case, Any], Problem]] = {
     "observe_fake_quantize": _observe_fake_quantize,
     "affine_act_fake_quantize": _affine_act_fake_quantize,
     "affine_act_quantize": _affine_act_fake_quantize,
+    "quantize_pack": _quantize_pack,
+    "unpack_dequantize": _unpack_dequantize,
     "bn_match": _bn_match,
     "bn_match_forward": _bn_match_forward,
     "margin_loss": _margin_loss,

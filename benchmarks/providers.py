@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adadfq.errors import InvalidInputError
 from adadfq.ops import dispatch
-from benchmarks.cases import TINY, Case
+from benchmarks.cases import TINY, Case, is_launch
 from benchmarks.check import fresh_arguments, run_once
 from benchmarks.problems import Function, Outputs, Problem
 
@@ -29,12 +29,18 @@ NATIVE = "torch"
 #: What autograd costs for an operator that does next to nothing.
 BARE = "x * 1"
 INTO = " (into existing memory)"
+#: Calls recorded in a CUDA graph: the time of the kernels and of starting them, without Python's.
+REPLAYED = " (graph replay)"
+#: The cheapest kernel of PyTorch's there is, x.zero_() of one element, replayed as ours are.
+EMPTY = "empty launch" + REPLAYED
 OURS = "adadfq "
 
 #: Providers whose results are not looked at, for they compute nothing of the case.
-UNCHECKED = (COPY, CLONE, IN_PLACE, BARE)
+UNCHECKED = (COPY, CLONE, IN_PLACE, BARE, EMPTY)
 #: The allocator gives smaller tensors memory that is there already: "into" would be the same again.
 INTO_FROM_BYTES = 32 << 20
+#: Calls that a graph holds: replaying it costs a launch, which is to be small against them.
+CALLS_OF_GRAPH = 100
 
 #: Operator -> operator of its backward.
 _BACKWARD = {
@@ -55,6 +61,8 @@ class Provider:
     """The same pass on fresh arguments, for the check; None where nothing of the case is computed."""
     backend: str | None = None
     """Backend that serves the operators meanwhile; None leaves the choice to the dispatcher."""
+    calls: int = 1
+    """How often `call` makes the pass."""
 
     @property
     def is_ours(self) -> bool:
@@ -106,7 +114,11 @@ def names(case: Case, device_type: str, patterns: tuple[str, ...] = ("*",)) -> l
         found += [name + INTO for name in ours]
     if _has_native(case):
         found.append(NATIVE)
-    found += [REFERENCE, PLAIN, COMPILE]
+    if device_type == "cuda" and is_launch(case.where, case.pass_):
+        # What torch.compile makes of these is not asked for, and compiling takes longer than all the rest.
+        found += [*(name + REPLAYED for name in ours), EMPTY, REFERENCE, PLAIN]
+    else:
+        found += [REFERENCE, PLAIN, COMPILE]
     if case.where == TINY:
         found.append(BARE)
     chosen = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -152,6 +164,12 @@ def _build(case: Case, problem: Problem, name: str) -> Provider:
     if name == NATIVE:
         assert problem.native is not None  # as _has_native says
         return from_function(name, case, problem, problem.native)
+    if name == EMPTY:
+        one = torch.ones(1, device=problem.args[0].device)
+        return _replayed(Provider(name, one.zero_))
+    if name.endswith(REPLAYED):
+        backend = name.removeprefix(OURS).removesuffix(REPLAYED)
+        return _replayed(from_function(name, case, problem, problem.ours, backend))
     if name.endswith(INTO):
         return _into(name, case, problem)
     return from_function(name, case, problem, problem.ours, name.removeprefix(OURS))
@@ -230,6 +248,25 @@ def _into(name: str, case: Case, problem: Problem) -> Provider:
         return outputs
 
     return from_function(name, case, problem, function, name.removeprefix(OURS).removesuffix(INTO))
+
+
+def _replayed(provider: Provider) -> Provider:
+    """The same calls from a CUDA graph, recorded when it is first asked for."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+    call = provider.call
+
+    def replay() -> None:
+        if not graphs:
+            call()  # compiles and allocates, which no graph may
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(CALLS_OF_GRAPH):
+                    call()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return Provider(provider.name, replay, provider.results, provider.backend, CALLS_OF_GRAPH)
 
 
 def _compiled(case: Case, problem: Problem) -> Provider:

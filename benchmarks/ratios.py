@@ -7,9 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from adadfq.errors import InvalidInputError
+from adadfq.ops import routes as package_routes
 from adadfq.ops.dispatch import PREFERENCE
-from benchmarks.cases import registry
-from benchmarks.providers import CLONE, COMPILE, COPY, IN_PLACE, INTO, NATIVE, OURS, PLAIN, REFERENCE, UNCHECKED
+from adadfq.ops.routes import Routes
+from benchmarks import routes
+from benchmarks.cases import PACKING, is_launch, registry
+from benchmarks.providers import (
+    CLONE,
+    COMPILE,
+    COPY,
+    EMPTY,
+    IN_PLACE,
+    INTO,
+    NATIVE,
+    OURS,
+    PLAIN,
+    REFERENCE,
+    REPLAYED,
+    UNCHECKED,
+)
 from benchmarks.store import TIMED
 
 Row = dict[str, Any]
@@ -33,13 +49,20 @@ def timed(providers: dict[str, Row], name: str) -> Row | None:
     return row if row is not None and row["status"] == "ok" else None
 
 
-def ours(providers: dict[str, Row]) -> Row | None:
+def ours(providers: dict[str, Row], table: Routes | None = None) -> Row | None:
     """The row of the backend that the dispatcher would choose: the first it prefers, else the reference.
 
     None where that one has no time: another one's would hide it.
+
+    Args:
+        table: which of a GPU's backends serves what; None is the package's.
     """
-    device = next(iter(providers.values()))["device"]
-    for backend in PREFERENCE.get(device, ()):
+    row = next(iter(providers.values()))
+    order = PREFERENCE.get(row["device"], ())
+    if row["device"] == package_routes.DEVICE_TYPE:
+        table = package_routes.load(package_routes.DEFAULT) if table is None else table
+        order = (*filter(None, [routes.routed(row, table)]), *order)
+    for backend in order:
         if OURS + backend in providers:
             return timed(providers, OURS + backend)
     return timed(providers, REFERENCE)
@@ -89,6 +112,10 @@ class Criterion:
     at_least: float
     provider_suffix: str = ""
     """Of another row of ours than the one that writes to a new tensor."""
+    backend: str | None = None
+    """Whose row; None is that of the backend which the dispatcher would choose."""
+    or_routed: bool = False
+    """Met, too, where the table sends the case to the rival."""
 
 
 def _is_fake_quantize(row: Row) -> bool:
@@ -162,17 +189,48 @@ CRITERIA = (
     ),
 )
 
+#: Backend of a GPU -> the share of the copy's bandwidth that its kernels must reach on large tensors.
+OF_THE_COPY = {"cuda": 0.92, "triton": 0.9}
+#: How many times as long as an empty launch a kernel may take on the smallest tensors.
+LAUNCHES = 1.3
+
+
+def _of_the_copy(title: str, applies: Callable[[Row], bool], *backends: str) -> tuple[Criterion, ...]:
+    return tuple(
+        Criterion(f"{title}: of the copy ({name})", applies, COPY, OF_THE_COPY[name], backend=name) for name in backends
+    )
+
+
 #: And on a GPU. A copy there writes to memory that the allocator has already.
 CUDA_CRITERIA = (
-    Criterion("256 MB and more: of the copy", _huge("fake_quantize"), COPY, 0.9),
-    Criterion("256 MB and more, in place: of the copy", _huge("fake_quantize_"), COPY, 0.9),
+    *_of_the_copy("256 MB and more", _huge("fake_quantize"), *OF_THE_COPY),
+    *_of_the_copy("256 MB and more, in place", _huge("fake_quantize_"), *OF_THE_COPY),
     Criterion("256 MB and more: torch's own op", _huge("fake_quantize"), NATIVE, 2),
     Criterion("256 MB and more: torch.compile", _huge("fake_quantize"), COMPILE, 1.2),
-    Criterion("affine forward, 256 MB and more: of the copy", _huge("affine_act_fake_quantize"), COPY, 0.9),
-    Criterion("bn_match_forward forward, 256 MB and more: of the copy", _huge("bn_match_forward"), COPY, 0.9),
+    *_of_the_copy("affine forward, 256 MB and more", _huge("affine_act_fake_quantize"), *OF_THE_COPY),
+    *_of_the_copy("bn_match_forward forward, 256 MB and more", _huge("bn_match_forward"), *OF_THE_COPY),
+    *_of_the_copy("packing, 256 MB and more", _huge("quantize_pack"), "cuda"),
+    *_of_the_copy("unpacking, 256 MB and more", _huge("unpack_dequantize"), "cuda"),
     Criterion("ResNet-18 weights: of the copy", _is_resnet18_weights, COPY, 0.5),
     # The operator of the reference computes the gradients with the value, as the kernel does.
     Criterion("margin_loss, value and gradients: eager", _op("margin_loss", "forward"), REFERENCE, 10),
+    Criterion(
+        "layers of ResNet-20: an empty launch (cuda)",
+        lambda r: is_launch(r["where"], r["pass"]),
+        EMPTY,
+        1 / LAUNCHES,
+        REPLAYED,
+        backend="cuda",
+    ),
+    # Triton has no kernels for packing.
+    Criterion(
+        "every case: triton, or routed to it (cuda)",
+        lambda r: bool(routes.operators(r)) and r["op"] not in PACKING,
+        OURS + routes.OTHER,
+        1 / (1 + routes.MARGIN),
+        backend=routes.FIRST,
+        or_routed=True,
+    ),
 )
 
 
@@ -188,20 +246,26 @@ class Judgement:
     criterion: Criterion
     case: str
     ratio: Ratio | None
+    routed: bool = False
+    """The table sends the case to the rival, which is enough for this criterion."""
 
     @property
     def met(self) -> bool | None:
-        """Whether the medians meet the demand; None without a ratio."""
-        return None if self.ratio is None else self.ratio.median >= self.criterion.at_least
+        """Whether the medians, or the table of routes, meet the demand; None without a ratio."""
+        return None if self.ratio is None else self.routed or self.ratio.median >= self.criterion.at_least
 
 
-def judge(rows: Iterable[Row], left_out: Iterable[str] = (), whole: bool = False) -> list[Judgement]:
+def judge(
+    rows: Iterable[Row], left_out: Iterable[str] = (), whole: bool = False, table: Routes | None = None
+) -> list[Judgement]:
     """Every criterion of the rows' devices on every case it applies to, by criterion.
 
     Args:
         left_out: names of cases that were not run: they have no time.
         whole: every criterion is asked for: one that applies to no case is there without a time.
+        table: which of a GPU's backends serves what; None is the package's.
     """
+    table = package_routes.load(package_routes.DEFAULT) if table is None else table
     groups = by_case(rows)
     cases = {case: next(iter(providers.values())) for case, providers in groups.items()}
     devices = dict.fromkeys(row["device"] for row in cases.values()) or {"cpu": None}
@@ -215,15 +279,37 @@ def judge(rows: Iterable[Row], left_out: Iterable[str] = (), whole: bool = False
     for device in devices:
         here = {case: row for case, row in cases.items() if row["device"] == device}
         for criterion in criteria(device):
-            applies = [case for case, any_row in here.items() if criterion.applies(any_row)]
-            found += [Judgement(criterion, case, _judged_ratio(criterion, groups.get(case, {}))) for case in applies]
+            applies = [
+                case
+                for case, any_row in here.items()
+                if criterion.applies(any_row) and (case not in groups or _has_rows(criterion, groups[case]))
+            ]
+            for case in applies:
+                ratio = _judged_ratio(criterion, groups.get(case, {}), table)
+                routed = criterion.or_routed and case in groups and _rival_serves(criterion, here[case], table)
+                found.append(Judgement(criterion, case, ratio, routed))
             if whole and not applies:
                 found.append(Judgement(criterion, "no case", None))
     return found
 
 
-def _judged_ratio(criterion: Criterion, providers: dict[str, Row]) -> Ratio | None:
-    if not providers or (own := ours(providers)) is None:
+def _has_rows(criterion: Criterion, providers: dict[str, Row]) -> bool:
+    """Whether a case that was run has the rows of ours that a criterion is about."""
+    if criterion.backend is None:
+        return True
+    wanted = [criterion.backend, *([criterion.rival.removeprefix(OURS)] if criterion.or_routed else [])]
+    return all(OURS + backend in providers for backend in wanted)
+
+
+def _rival_serves(criterion: Criterion, row: Row, table: Routes) -> bool:
+    return OURS + str(routes.routed(row, table)) == criterion.rival
+
+
+def _judged_ratio(criterion: Criterion, providers: dict[str, Row], table: Routes) -> Ratio | None:
+    if not providers:
+        return None
+    own = ours(providers, table) if criterion.backend is None else timed(providers, OURS + criterion.backend)
+    if own is None:
         return None
     if criterion.provider_suffix:
         own = timed(providers, own["provider"] + criterion.provider_suffix)

@@ -37,15 +37,18 @@ def rows_text(rows: Sequence[Row]) -> str:
     return "\n".join([rows[0]["case"], table, *notes])
 
 
+_MET = {True: "met", False: "NOT MET", None: "no time"}
+
+
 def judged_text(judged: Iterable[Judgement]) -> str:
     """Criteria and the cases they apply to; empty where there are none."""
     lines = [
         [
             judgement.case,
             judgement.criterion.title,
-            f">= {judgement.criterion.at_least:g}",
+            f">= {judgement.criterion.at_least:.3g}",
             "-" if judgement.ratio is None else str(judgement.ratio),
-            {True: "met", False: "NOT MET", None: "no time"}[judgement.met],
+            "met: routed" if judgement.met and judgement.routed else _MET[judgement.met],
         ]
         for judgement in judged
     ]
@@ -231,7 +234,7 @@ def _judged_table(rows: Sequence[Row], left_out: Sequence[str]) -> str:
         values = [judgement.ratio.median for judgement in found if judgement.ratio is not None]
         if found:
             met = sum(judgement.met is True for judgement in found)
-            lines.append([criterion.title, f"{criterion.at_least:g}x", f"{_span(values)}x", f"{met} of {len(found)}"])
+            lines.append([criterion.title, f"{criterion.at_least:.3g}x", f"{_span(values)}x", f"{met} of {len(found)}"])
     return markdown_table(["adadfq against", "wanted", "measured", "met"], lines) if lines else ""
 
 

@@ -12,12 +12,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adadfq.errors import InvalidInputError
+from benchmarks.environment import native_matches
 
 MODULE = "adadfq._C_cuda"
 _DEFAULT_CUDA = Path("/usr/local/cuda")
@@ -25,6 +27,8 @@ _USAGE = re.compile(r"^\s*Function (\S+):\s*$\n\s*(REG:.*)$|^arch = (\S+)$", re.
 _ANONYMOUS = re.compile(r"\(anonymous namespace\)::")
 # nvcc calls the unnamed namespace of a file by it; the number is the length of the name.
 _SOURCE = re.compile(r"_GLOBAL__N__[0-9a-f]+_(\d+)_(\w+)")
+# What nvcc has the host's compiler compile in the place of a .cu.
+_HOST_FILE = re.compile(r"^tmpxft_\w+-\d+_(.+?)(?:\.compute_\w+)?\.cudafe1\.cpp$")
 
 
 class Kernel(NamedTuple):
@@ -66,12 +70,16 @@ def kernels(module: Path, cuobjdump: Path) -> list[Kernel]:
 def resources(module: Path, cuobjdump: Path) -> list[dict[str, Any]]:
     """A row (:data:`benchmarks.store.FIELDS`) for every kernel and architecture, in this order.
 
+    "source" is the file that was compiled, also for the kernels of headers; "" where several or none are known.
+
     Raises:
-        InvalidInputError: the module is missing, holds no kernels or cannot be read, or no c++filt is there.
+        InvalidInputError: the module is missing, holds no kernels or cannot be read, or a tool of binutils is missing.
     """
+    found = kernels(module, cuobjdump)
+    units = translation_units(module, [kernel.mangled for kernel in found if not kernel.source], cuobjdump)
     rows = [
         {
-            "source": kernel.source,
+            "source": kernel.source or units[kernel.mangled],
             "kernel": kernel.name,
             "variant": kernel.variant,
             "arch": kernel.arch,
@@ -80,7 +88,7 @@ def resources(module: Path, cuobjdump: Path) -> list[dict[str, Any]]:
             "local_bytes": kernel.usage["LOCAL"],
             "shared_bytes": kernel.usage["SHARED"],
         }
-        for kernel in kernels(module, cuobjdump)
+        for kernel in found
     ]
     return sorted(rows, key=lambda row: (row["source"], row["kernel"], row["variant"], arch_number(row["arch"])))
 
@@ -90,6 +98,33 @@ def source(mangled: str) -> str:
     if (found := _SOURCE.search(mangled)) is None:
         return ""
     return re.sub(r"_(cuh?|h)$", r".\1", found[2][: int(found[1])])
+
+
+def translation_units(module: Path, mangled: Sequence[str], cuobjdump: Path) -> dict[str, str]:
+    """Mangled name of a kernel -> such as "fake_quantize.cu", whose object has the function that launches it.
+
+    "" where no file or several have it: it is local to a file by nvcc's default since 12.8, and anybody's before.
+
+    Raises:
+        InvalidInputError: nm or c++filt is missing, or fails.
+    """
+    if not mangled:
+        return {}
+    names, files, file = [], [], ""
+    for line in output_of(["nm", "--debug-syms", "--no-sort", str(module)]).splitlines():
+        kind, name = line[17:18], line[19:]
+        if kind == "a":
+            file = f"{host[1]}.cu" if (host := _HOST_FILE.match(name)) else ""
+        elif kind == "t" and file:
+            names.append(name)
+            files.append(file)
+    # As the local function is not mangled as the kernel is, they are compared by what is read.
+    readable = demangled([*mangled, *names], cuobjdump)
+    found: dict[str, set[str]] = {}
+    for name, file in zip(readable[len(mangled) :], files, strict=True):
+        found.setdefault(name, set()).add(file)
+    units = [found.get(name, set()) for name in readable[: len(mangled)]]
+    return {name: "".join(unit) if len(unit) == 1 else "" for name, unit in zip(mangled, units, strict=True)}
 
 
 def arch_number(arch: str) -> int:
@@ -107,15 +142,26 @@ def short_name(name: str) -> tuple[str, str]:
 
 
 def find_module(name: str = MODULE) -> Path:
-    """The file of an extension module.
+    """The file of an extension module, which must be of the last build and of this csrc.
 
     Raises:
-        InvalidInputError: it is not built.
+        InvalidInputError: it is not built, left of an earlier build, or of other sources.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise InvalidInputError(f"{name} is not built: run 'pip install -e .' where nvcc is, or name a built module")
-    return Path(spec.origin)
+    module = Path(spec.origin)
+    build = build_info(module) or {}
+    if reason := build.get("cuda_left_out"):
+        raise InvalidInputError(
+            f"{module} is of an earlier build, the last one has no CUDA ({reason}): build it again with nvcc, or name a"
+            " built module"
+        )
+    if native_matches(build) is False:
+        raise InvalidInputError(
+            f"{module} was built from another csrc than this one: run 'pip install -e .' again, or name a built module"
+        )
+    return module
 
 
 def find_cuobjdump(environ: Mapping[str, str] = os.environ, default: Path = _DEFAULT_CUDA) -> Path:
@@ -141,9 +187,15 @@ def find_cuobjdump(environ: Mapping[str, str] = os.environ, default: Path = _DEF
 def build_info(module: Path) -> dict[str, Any] | None:
     """What the build recorded beside `module`; None where it did not."""
     try:
-        return json.loads(module.with_name("_build_info.json").read_text(encoding="utf-8"))
+        return json.loads(module.with_name(record_name(module)).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def record_name(module: Path) -> str:
+    """The name of what a build recorded beside `module`: each Python has its own, this one where none is named."""
+    tag = re.match(r"\w+\.([a-z]+-\d+)-", module.name)
+    return f"_build_info.{tag[1] if tag else sys.implementation.cache_tag}.json"
 
 
 def select(rows: Sequence[dict[str, Any]], archs: Sequence[str]) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from adadfq import files
 from adadfq.errors import InvalidInputError
@@ -25,30 +27,73 @@ _SAME = ("device", "device_name", "git_commit", "versions")
 Row = dict[str, Any]
 
 
-def operator(row: Row) -> str | None:
-    """The operator whose time a row is; None where it is that of several, or of none.
+def operators(row: Row) -> tuple[str, ...]:
+    """The operators whose time a row is, of a backend of ours.
 
     A backward without an operator of its own hands on, or scales, what the forward has computed.
     """
     backward: str | None = f"{row['op']}_backward"
     if backward not in OPERATORS or (row["op"] == "fake_quantize" and not row["variant"].endswith("_clip")):
         backward = None
-    if row["pass"] == "backward":
-        return backward
-    return row["op"] if row["pass"] == "forward" or backward is None else None
+    found = {"forward": (row["op"],), "backward": (backward,), "both": (row["op"], backward)}[row["pass"]]
+    return tuple(op for op in found if op is not None)
+
+
+def size_of(row: Row) -> str:
+    """The class of size (:data:`adadfq.ops.routes.SIZES`) of a row's tensors."""
+    return routes.size_class(sum(math.prod(shape) for shape in row["shapes"]))
+
+
+def routed(row: Row, table: routes.Routes) -> str | None:
+    """The backend that a table sends all operators of a row to, or None."""
+    dtype = getattr(torch, row["dtype"])
+    backends = {table.backend(op, dtype, size_of(row)) for op in operators(row)}
+    return backends.pop() if len(backends) == 1 else None
 
 
 def build(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of a table, from the contents of files of results (:mod:`benchmarks.store`).
 
     A rule for every operator, dtype and class of size that has a case with a time of both backends: the one with the
-    smaller times, by the median of the cases' ratios; the first where the other is not faster by more than MARGIN.
+    smaller times, by the median of the cases' ratios; the first where the other is not faster by more than MARGIN. But
+    where that would leave a case slower by more than MARGIN, the one whose slowest case is the less slow.
 
     Raises:
         InvalidInputError: the files are not all of operators on one GPU at one commit, were made with native modules
             of other sources, hold a wrong result, or hold no such case.
     """
     measured = _environment(contents)
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for pair in _pairs(contents):
+        if len(ops := operators(pair.row)) == 1:
+            ratios.setdefault((*ops, pair.row["dtype"], size_of(pair.row)), []).append(pair.ratio)
+    if not ratios:
+        raise InvalidInputError(
+            f"no case has a time of both {FIRST} and {OTHER}: run 'ops --device cuda' where 'adadfq info' has both"
+        )
+    rules = []
+    for (op, dtype, size), values in sorted(ratios.items(), key=lambda item: _order(*item[0])):
+        ratio = median(values)
+        worst = {FIRST: max(values), OTHER: 1 / min(values)}
+        backend = OTHER if ratio > 1 + MARGIN else FIRST
+        if worst[backend] > 1 + MARGIN:
+            backend = min((backend, *routes.BACKENDS), key=lambda name: worst[name])
+        rule = {"op": op, "dtype": dtype, "size": size, "backend": backend}
+        rules.append(rule | {"ratio": round(ratio, 4), "worst": round(worst[backend], 4), "cases": len(values)})
+    content = {"format": routes.FORMAT, "version": routes.VERSION, "measured": measured, "rules": rules}
+    routes.parse(content, "the table")
+    return content
+
+
+class _Pair(NamedTuple):
+    """A case with a time of both backends in one run."""
+
+    row: Row
+    ratio: float
+    """Time of the first over that of the other."""
+
+
+def _pairs(contents: Sequence[dict[str, Any]]) -> list[_Pair]:
     # Providers of one case took turns in one run: times of different runs make no ratio.
     times: dict[tuple[int, str], dict[str, Row]] = {}
     for i, row in ((i, row) for i, content in enumerate(contents) for row in content["rows"]):
@@ -58,25 +103,28 @@ def build(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     raise InvalidInputError(f"{backend} is wrong on {row['case']}: {row['error']}; mend it first")
                 if row["status"] == "ok":
                     times.setdefault((i, row["case"]), {})[backend] = row
-    ratios: dict[tuple[str, str, str], list[float]] = {}
-    for found in times.values():
-        if len(found) == len(routes.BACKENDS) and (op := operator(found[FIRST])) is not None:
-            row = found[FIRST]
-            size = routes.size_class(sum(math.prod(shape) for shape in row["shapes"]))
-            ratios.setdefault((op, row["dtype"], size), []).append(row["p50_ms"] / found[OTHER]["p50_ms"])
-    if not ratios:
-        raise InvalidInputError(
-            f"no case has a time of both {FIRST} and {OTHER}: run 'ops --device cuda' where 'adadfq info' has both"
-        )
-    rules = []
-    for (op, dtype, size), values in sorted(ratios.items(), key=lambda item: _order(*item[0])):
-        ratio = median(values)
-        backend = OTHER if ratio > 1 + MARGIN else FIRST
-        rule = {"op": op, "dtype": dtype, "size": size, "backend": backend}
-        rules.append(rule | {"ratio": round(ratio, 4), "cases": len(values)})
-    content = {"format": routes.FORMAT, "version": routes.VERSION, "measured": measured, "rules": rules}
-    routes.parse(content, "the table")
-    return content
+    both = (found for found in times.values() if len(found) == len(routes.BACKENDS))
+    return [_Pair(found[FIRST], found[FIRST]["p50_ms"] / found[OTHER]["p50_ms"]) for found in both]
+
+
+def left_slower(contents: Sequence[dict[str, Any]], content: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Cases that a table leaves with a backend slower than the other by more than MARGIN, the slowest first.
+
+    Args:
+        contents: of files of results.
+        content: of the table.
+
+    Returns:
+        (case, backend, its time over the other's); of cases of one operator.
+    """
+    table, found = routes.parse(content, "the table"), []
+    for row, ratio in _pairs(contents):
+        if len(operators(row)) == 1:
+            backend = routed(row, table) or FIRST
+            slower = ratio if backend == FIRST else 1 / ratio
+            if slower > 1 + MARGIN:
+                found.append((row["case"], backend, slower))
+    return sorted(found, key=lambda item: -item[2])
 
 
 def _order(op: str, dtype: str, size: str) -> tuple[int, str, int]:
@@ -117,7 +165,18 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def table_text(content: dict[str, Any]) -> str:
     """The rules, with what they were made from."""
-    header = ("operator", "dtype", "size", "backend", f"{FIRST} / {OTHER}", "cases")
+    header = ("operator", "dtype", "size", "backend", f"{FIRST} / {OTHER}", "worst", "cases")
     keys = ("op", "dtype", "size", "backend")
-    rows = [(*(rule[key] for key in keys), number(rule["ratio"]), str(rule["cases"])) for rule in content["rules"]]
+    rows = [
+        (*(rule[key] for key in keys), number(rule["ratio"]), number(rule["worst"]), str(rule["cases"]))
+        for rule in content["rules"]
+    ]
     return text_table(header, rows)
+
+
+def slower_text(slower: Sequence[tuple[str, str, float]]) -> str:
+    """What :func:`left_slower` found; a line that says so where that is nothing."""
+    if not slower:
+        return f"no case is left with a backend more than {MARGIN:.0%} slower than the other"
+    lines = [f"  {case}: {backend} takes {ratio:.2f} times the other's time" for case, backend, ratio in slower]
+    return "\n".join([f"left with a backend more than {MARGIN:.0%} slower than the other:", *lines])

@@ -30,6 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         (case, name, device)
         for case in select(option("suite"), [op for op in option("ops").split(",") if op], option("filter"))
         for name in providers.names(case, device.type, patterns)
+        if not name.endswith(providers.REPLAYED)  # many passes a call, which pytest-benchmark would not know
     ]
     ids = [f"{case.name}-{name}" for case, name, _ in chosen]
     metafunc.parametrize(("case", "provider_name", "device"), chosen, ids=ids)

@@ -24,10 +24,12 @@ MAX_REPEATS = 10_000
 
 @dataclass
 class Samples:
-    """Seconds of one call, one value a round."""
+    """Seconds of one pass, one value a round."""
 
     repeats: int
     """Calls within a sample, whose mean it is."""
+    calls: int = 1
+    """Passes that a call makes."""
     values: list[float] = field(default_factory=list)
 
     def quantiles(self) -> tuple[float, float, float]:
@@ -49,7 +51,7 @@ def measure(providers: Sequence[Provider], device: torch.device, rounds: int, se
         for provider in providers:
             with provider.active():
                 repeats, once = repeats_for(provider.call, clock)
-            samples[provider.name] = Samples(repeats)
+            samples[provider.name] = Samples(repeats, provider.calls)
             round_seconds += once * (repeats + 1)
         rounds = max(MIN_ROUNDS, min(rounds, int(seconds / round_seconds)))
         for order in orders(providers, rounds):
@@ -57,7 +59,7 @@ def measure(providers: Sequence[Provider], device: torch.device, rounds: int, se
                 kept = samples[provider.name]
                 with provider.active():
                     provider.call()
-                    kept.values.append(clock(provider.call, kept.repeats))
+                    kept.values.append(clock(provider.call, kept.repeats) / kept.calls)
     return samples
 
 

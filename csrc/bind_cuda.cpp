@@ -8,8 +8,10 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/affine_act_fake_quantize.h"
+#include "cuda/block_counter.h"
 #include "cuda/bn_match.h"
 #include "cuda/dynamic_fake_quantize.h"
 #include "cuda/fake_quantize.h"
@@ -32,13 +34,41 @@ T* at_address(Address address) {
 }
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error));
+}
+
+// Makes `device` current. The first call of the runtime on a device and the first launch of a
+// kernel load what they need, which a thread that captures a graph, or runs beside one that does,
+// may do in the relaxed mode only.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaThreadExchangeStreamCaptureMode(&mode_));
+    if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) {
+      cudaThreadExchangeStreamCaptureMode(&mode_);
+      check(error);
+    }
+  }
+  ~OnDevice() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// What is the same for all launches on a device is made ready, best before a graph is captured.
+void warm_up(int device) {
+  const OnDevice on(device);
+  check(adadfq::cuda::load_block_counters());
 }
 
 void fake_quantize(Address x, Address scale, Address zero_point, Address out, int64_t outer,
                    int64_t channels, int64_t inner, int bits, int dtype, int device,
                    Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::fake_quantize(
       at_address(x), at_address<float>(scale), at_address<int32_t>(zero_point), at_address(out),
       Layout{outer, channels, inner}, bits, DType(dtype), reinterpret_cast<cudaStream_t>(stream)));
@@ -47,7 +77,7 @@ void fake_quantize(Address x, Address scale, Address zero_point, Address out, in
 void fake_quantize_backward(Address grad, Address x, Address scale, Address zero_point, Address out,
                             int64_t outer, int64_t channels, int64_t inner, int bits, int dtype,
                             int device, Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::fake_quantize_backward(
       at_address(grad), at_address(x), at_address<float>(scale), at_address<int32_t>(zero_point),
       at_address(out), Layout{outer, channels, inner}, bits, DType(dtype),
@@ -59,7 +89,7 @@ void affine_act_fake_quantize(Address x, Address scale, Address shift, Address r
                               Address act_scale, Address act_zero_point, int bits, Address out,
                               int64_t outer, int64_t channels, int64_t inner, int dtype, int device,
                               Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::affine_act_fake_quantize(
       at_address(x), at_address<float>(scale), at_address<float>(shift), at_address(residual), act,
       at_address<float>(act_scale), at_address<int32_t>(act_zero_point), bits, at_address(out),
@@ -70,7 +100,7 @@ void affine_act_quantize(Address x, Address scale, Address shift, Address residu
                          Address act_scale, Address act_zero_point, int bits, Address codes,
                          int64_t outer, int64_t channels, int64_t inner, int dtype, int device,
                          Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::affine_act_quantize(
       at_address(x), at_address<float>(scale), at_address<float>(shift), at_address(residual), act,
       at_address<float>(act_scale), at_address<int32_t>(act_zero_point), bits,
@@ -81,7 +111,7 @@ void affine_act_quantize(Address x, Address scale, Address shift, Address residu
 void quantize_pack(Address x, Address scale, Address zero_point, Address packed, int64_t outer,
                    int64_t channels, int64_t inner, int bits, int dtype, int device,
                    Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::quantize_pack(at_address(x), at_address<float>(scale),
                                     at_address<int32_t>(zero_point), at_address<uint8_t>(packed),
                                     Layout{outer, channels, inner}, bits, DType(dtype),
@@ -91,7 +121,7 @@ void quantize_pack(Address x, Address scale, Address zero_point, Address packed,
 void unpack_dequantize(Address packed, Address scale, Address zero_point, Address out,
                        int64_t outer, int64_t channels, int64_t inner, int bits, int dtype,
                        int device, Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::unpack_dequantize(at_address<uint8_t>(packed), at_address<float>(scale),
                                         at_address<int32_t>(zero_point), at_address(out),
                                         Layout{outer, channels, inner}, bits, DType(dtype),
@@ -103,7 +133,7 @@ void margin_loss(Address teacher, Address student, Address labels, Address total
                  Address grad_student, Address scratch, int64_t batch, int64_t classes,
                  double lambda_l, double lambda_u, double alpha_ds, double alpha_as, double beta,
                  bool detach_min, int dtype, int device, Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::margin_loss(
       at_address(teacher), at_address(student), at_address<int64_t>(labels),
       {at_address<float>(total), at_address<float>(margin), at_address<float>(disagreement),
@@ -116,7 +146,7 @@ void margin_loss(Address teacher, Address student, Address labels, Address total
 void entropy_distillation(Address teacher, Address student, Address loss, Address grad_student,
                           Address scratch, int64_t batch, int64_t classes, double temperature,
                           int dtype, int device, Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::entropy_distillation(at_address(teacher), at_address(student),
                                            at_address<float>(loss), at_address(grad_student),
                                            at_address<double>(scratch), batch, classes, temperature,
@@ -128,7 +158,7 @@ static_assert(sizeof(adadfq::DynamicTensor) == 8 * sizeof(int64_t), "adadfq/ops/
 
 void dynamic_fake_quantize(Address tensors, int64_t count, Address scratch, int dtype, int device,
                            Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::dynamic_fake_quantize(at_address<adadfq::DynamicTensor>(tensors), count,
                                             at_address<double>(scratch), DType(dtype),
                                             reinterpret_cast<cudaStream_t>(stream)));
@@ -138,7 +168,7 @@ void observe_fake_quantize(Address x, Address out, int64_t n, Address running_mi
                            Address running_max, Address num_batches, Address scale,
                            Address zero_point, Address scratch, int bits, double momentum,
                            int dtype, int device, Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   const adadfq::RangeState state{at_address<float>(running_min), at_address<float>(running_max),
                                  at_address<int64_t>(num_batches), at_address<float>(scale),
                                  at_address<int32_t>(zero_point)};
@@ -154,7 +184,7 @@ void affine_act_fake_quantize_backward(Address grad, Address x, Address scale, A
                                        Address grad_shift, Address scratch, int64_t outer,
                                        int64_t channels, int64_t inner, int dtype, int device,
                                        Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   check(adadfq::cuda::affine_act_fake_quantize_backward(
       at_address(grad), at_address(x), at_address<float>(scale), at_address<float>(shift),
       at_address(residual), act, at_address(grad_x), at_address(grad_residual),
@@ -167,7 +197,7 @@ void bn_match(Address x, Address running_mean, Address running_var, Address weig
               double eps, Address y, Address loss, Address mean, Address var, Address scratch,
               int64_t outer, int64_t channels, int64_t inner, int dtype, int device,
               Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   const adadfq::cuda::BatchNorm norm{at_address<float>(running_mean),
                                      at_address<float>(running_var), at_address<float>(weight),
                                      at_address<float>(bias), eps};
@@ -182,7 +212,7 @@ void bn_match_backward(Address grad_y, Address grad_loss, Address x, Address mea
                        Address running_mean, Address running_var, Address weight, double eps,
                        Address out, int64_t outer, int64_t channels, int64_t inner, int dtype,
                        int device, Address stream) {
-  check(cudaSetDevice(device));
+  const OnDevice on(device);
   const adadfq::cuda::BatchNorm norm{at_address<float>(running_mean),
                                      at_address<float>(running_var), at_address<float>(weight),
                                      nullptr, eps};
@@ -211,4 +241,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("margin_loss", &margin_loss, nogil);
   m.def("entropy_distillation", &entropy_distillation, nogil);
   m.def("partial_doubles", &adadfq::cuda::partial_doubles);
+  m.def("warm_up", &warm_up, nogil);
+  m.attr("longest_row") = adadfq::cuda::kLongestRow;
 }

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def unavailable(reason: str) -> NoReturn:
+    """Skip a test, a fixture's tests or a file, for want of a tool; ADADFQ_TEST_REQUIRE_CUDA=1 makes it a failure."""
+    if os.environ.get("ADADFQ_TEST_REQUIRE_CUDA") == "1":
+        pytest.fail(f"{reason}, and ADADFQ_TEST_REQUIRE_CUDA=1 asks for it", pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
+
+
 def load_setup(root: Path = ROOT) -> ModuleType:
-    """setup.py of `root`; skips where what it needs is not installed."""
-    pytest.importorskip("pybind11", reason="pybind11 is needed to read setup.py's commands")
-    pytest.importorskip("setuptools", minversion="77", reason="setuptools of pyproject.toml is not installed")
+    """setup.py of `root`; what it needs is :func:`unavailable` where it is not installed."""
+    try:
+        pytest.importorskip("pybind11", reason="pybind11 is needed to read setup.py's commands")
+        pytest.importorskip("setuptools", minversion="77", reason="setuptools of pyproject.toml is not installed")
+    except pytest.skip.Exception as skipped:
+        unavailable(str(skipped))
     spec = importlib.util.spec_from_file_location("adadfq_setup", root / "setup.py")
     module = importlib.util.module_from_spec(spec)
     before = list(sys.path)

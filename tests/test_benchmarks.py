@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import json
+import math
 import os
 import runpy
 import shutil
@@ -14,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,12 +24,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from test_predict_cuda import MULTIPROCESSORS, recorded
 from torch import Tensor, nn
 
 import adadfq
 from adadfq.errors import InvalidInputError
 from adadfq.kernels import configs, tune
-from adadfq.ops import reference, triton
+from adadfq.ops import cuda, reference, routes, triton
 from adadfq.ops.schema import OPERATORS
 from benchmarks import (
     cases,
@@ -37,6 +40,7 @@ from benchmarks import (
     ops,
     plot,
     predict,
+    predict_cuda,
     problems,
     providers,
     ratios,
@@ -50,7 +54,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import Case, registry, select
 from benchmarks.check import Oracle
 from benchmarks.environment import describe, digest_of_sources, machine
-from benchmarks.providers import CLONE, COMPILE, COPY, NATIVE, PLAIN, REFERENCE
+from benchmarks.providers import CLONE, COMPILE, COPY, EMPTY, NATIVE, PLAIN, REFERENCE, REPLAYED
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -97,7 +101,7 @@ def test_resnet20_is_the_built_in_one() -> None:
     assert table("resnet20@32") == observed_layers(adadfq.build_model("resnet20"), 32)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 def test_networks_are_those_of_torchvision(name: str, torchvision_models: ModuleType) -> None:
     assert table(name.replace("_", "") + "@224") == observed_layers(getattr(torchvision_models, name)(), 224)
 
@@ -107,6 +111,10 @@ def test_residuals_and_activations() -> None:
     residual = [name for name, layer in layers.items() if layer.residual]
     assert len(layers) == 53 and len(residual) == 10 and all(layers[name].act == "none" for name in residual)
     assert sum(layer.residual for layer in networks.layers("resnet18@224")) == 8
+    resnet50 = networks.layers("resnet50@224")
+    assert len(resnet50) == 54 and sum(layer.residual for layer in resnet50) == 16
+    # Of 25557032 parameters, these are BatchNorm's and the bias.
+    assert sum(math.prod(layer.weight) for layer in resnet50) == 25557032 - 53120 - 1000
     assert sum(layer.act == "relu" for layer in networks.layers("resnet20@32")) == 19
 
 
@@ -114,9 +122,7 @@ def test_residuals_and_activations() -> None:
 
 
 def test_every_operator_is_in_the_registry() -> None:
-    packing = {"quantize_pack", "unpack_dequantize"}  # once a checkpoint, not in training or evaluation
-    forward = {name for name in OPERATORS if not name.endswith("_backward")} - packing
-    assert set(cases.OPERATORS) == forward
+    assert set(cases.OPERATORS) == {name for name in OPERATORS if not name.endswith("_backward")}
     for op, passes in cases.OPERATORS.items():
         assert {case.pass_ for case in registry() if case.op == op} == set(passes)
         for suite in cases.SUITES:
@@ -163,7 +169,7 @@ def test_the_judged_suite_holds_what_is_judged() -> None:
 
 def test_the_gpu_suite_holds_what_is_judged_there() -> None:
     chosen = select("gpu")
-    assert 35 <= len(chosen) <= 45  # what a stage of gpu.sh has time for
+    assert 35 <= len(chosen) <= 55  # what a stage of gpu.sh has time for
     rows = [{"op": c.op, "pass": c.pass_, "where": c.where, "nbytes": c.nbytes, "variant": c.variant} for c in chosen]
     for criterion in ratios.criteria("cuda"):
         assert any(criterion.applies(row) for row in rows), criterion.title
@@ -178,6 +184,12 @@ def test_the_gpu_suite_holds_what_is_judged_there() -> None:
     assert quantize >= set(itertools.product(["per_channel"], cases.HUGE, cases.LAYOUTS))
     assert {case.op for case in chosen if case.where == "tiny"} == set(cases.OPERATORS)
     assert {case.shapes[0] for case in chosen if case.op == "margin_loss"} >= {(16, 10), (1024, 1000)}
+    launches = {(case.op, case.where) for case in chosen if cases.is_launch(case.where, case.pass_)}
+    ops_there = ("fake_quantize", "affine_act_fake_quantize", "bn_match")
+    layers = ("resnet20@32.conv1/b16", "resnet20@32.layer3.0.conv1/b16")
+    assert launches == set(itertools.product(ops_there, layers))
+    weights = {case.where: len(case.shapes) for case in chosen if case.op == "foreach_dynamic_fake_quantize"}
+    assert weights["resnet50@224.weights"] == 54
 
 
 @pytest.mark.parametrize(
@@ -199,6 +211,8 @@ def test_the_gpu_suite_holds_what_is_judged_there() -> None:
         ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/forward", 2 * 4 * 65536),
         ("bn_match_forward/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/backward", 3 * 4 * 65536),
         ("foreach_dynamic_fake_quantize/axis0/resnet20@32.weights/float32/contiguous/forward", 2 * 4 * 268336),
+        ("quantize_pack/axis0/resnet18@224.fc.weight/float32/contiguous/forward", 512000 * 4 + 256000),
+        ("unpack_dequantize/axis0/resnet18@224.fc.weight/bfloat16/contiguous/forward", 512000 * 2 + 256000),
         ("margin_loss/-/logits/b16k10/float32/contiguous/forward", 2 * 4 * 160),
         ("margin_loss/-/logits/b16k10/float32/contiguous/backward", 4 * 4 * 160),
         ("margin_loss/scaled/logits/b16k10/float32/contiguous/both", 4 * 4 * 160),
@@ -673,13 +687,134 @@ def test_each_device_has_its_table(measured: Path) -> None:
     assert judgement.met is True and judgement.criterion in ratios.CUDA_CRITERIA and judgement.ratio.median == 20
     left_out = "fake_quantize_/per_channel/resnet18@224.conv1/b128/float32/contiguous/forward"
     assert [j.criterion.title for j in ratios.judge(on_gpu, [left_out]) if j.met is None] == [
-        "256 MB and more, in place: of the copy"
+        "256 MB and more, in place: of the copy (cuda)",
+        "256 MB and more, in place: of the copy (triton)",
+        "every case: triton, or routed to it (cuda)",
     ]
     assert {j.criterion for j in ratios.judge(on_gpu, whole=True)} == set(ratios.criteria("cuda"))
     assert ratios.criteria("cpu") is ratios.CRITERIA
     content = store.read(measured)
     content |= {"rows": on_gpu, "environment": content["environment"] | {"device": "cuda"}}
     assert "margin_loss, value and gradients: eager | 10x | 20x | 1 of 1" in readme.readme_block([(Path("a"), content)])
+
+
+def on_a_gpu(case: Case, times: dict[str, float], like: Path) -> list[dict[str, Any]]:
+    """Rows of a case: provider -> time."""
+    shape = {"op": case.op, "variant": case.variant, "where": case.where, "nbytes": case.nbytes, "dtype": case.dtype}
+    shape |= {"pass": case.pass_, "device": "cuda", "shapes": [list(shape) for shape in case.shapes]}
+    rows = hand_made({(f"{case.op}/{case.pass_}", name): (time,) * 3 for name, time in times.items()}, like)["rows"]
+    return [row | shape | {"case": case.name} for row in rows]
+
+
+def verdicts(rows: list[dict[str, Any]], **others: Any) -> dict[str, tuple[bool | None, bool]]:
+    """Title -> (met, routed)."""
+    return {j.criterion.title: (j.met, j.routed) for j in ratios.judge(rows, **others)}
+
+
+def test_each_gpu_backend_has_its_share_of_the_copy(measured: Path) -> None:
+    case = case_named("fake_quantize/per_channel/resnet18@224.conv1/b128/float32/contiguous/forward")
+    title = "256 MB and more: of the copy"
+    rows = on_a_gpu(case, {COPY: 0.91, "adadfq cuda": 1.0, "adadfq triton": 1.0}, measured)
+    found = verdicts(rows)
+    assert found[f"{title} (cuda)"] == (False, False) and found[f"{title} (triton)"] == (True, False)
+    # Without the rows of one, nothing is said about it, but where everything is asked for.
+    alone = [row for row in rows if row["provider"] != "adadfq cuda"]
+    assert f"{title} (cuda)" not in verdicts(alone) and verdicts(alone)[f"{title} (triton)"] == (True, False)
+    assert verdicts(alone, whole=True)[f"{title} (cuda)"] == (None, False)
+    packed = case_named("quantize_pack/per_tensor/resnet18@224.conv1/b128/float32/contiguous/forward")
+    assert verdicts(on_a_gpu(packed, {COPY: 0.93, "adadfq cuda": 1.0}, measured)) == {
+        "packing, 256 MB and more: of the copy (cuda)": (True, False)
+    }
+
+
+def test_cuda_is_no_slower_than_triton_or_routed_to_it(measured: Path, tmp_path: Path) -> None:
+    case = case_named("bn_match_forward/-/resnet18@224.conv1/b128/float32/contiguous/both")
+    title = "every case: triton, or routed to it (cuda)"
+    fast, slow = (
+        on_a_gpu(case, {"adadfq cuda": taken, "adadfq triton": 1.0, REFERENCE: 3.0}, measured) for taken in (1.04, 1.06)
+    )
+    assert verdicts(fast)[title] == (True, False) and verdicts(slow)[title] == (False, False)
+
+    def table(*ops: str) -> routes.Routes:
+        return routes.Routes(None, tuple(routes.Rule(op, "triton", torch.float32, "large") for op in ops))
+
+    # The time is that of two operators: both must be routed.
+    forward, backward = "bn_match_forward", "bn_match_forward_backward"
+    assert verdicts(slow, table=table(forward))[title] == (False, False)
+    assert verdicts(slow, table=table(forward, backward))[title] == (True, True)
+    providers_of = ratios.by_case(slow)[case.name]
+    assert ratios.ours(providers_of)["provider"] == "adadfq cuda"
+    assert ratios.ours(providers_of, table(forward, backward))["provider"] == "adadfq triton"
+
+    content = store.read(measured)
+    content |= {"rows": slow, "environment": content["environment"] | {"device": "cuda"}}
+    store.write(tmp_path / "slow.json", content)
+    rules = [{"op": op, "backend": "triton"} for op in (forward, backward)]
+    written = {"format": routes.FORMAT, "version": routes.VERSION, "measured": None, "rules": rules}
+    (tmp_path / "table.json").write_text(json.dumps(written))
+    for arguments, expected in (((), "NOT MET"), (("--routes", str(tmp_path / "table.json")), "met: routed")):
+        result = run("judge", str(tmp_path / "slow.json"), *arguments)
+        (line,) = [line for line in result.output.splitlines() if title in line and case.name in line]
+        assert line.rstrip().endswith(expected)
+
+
+def test_small_layers_are_held_against_an_empty_launch(measured: Path) -> None:
+    case = case_named("bn_match/-/resnet20@32.layer3.0.conv1/b16/float32/contiguous/forward")
+    title = "layers of ResNet-20: an empty launch (cuda)"
+    replayed = f"adadfq cuda{REPLAYED}"
+    for taken, met in ((1.29, True), (1.31, False)):
+        times = {"adadfq cuda": 9.0, replayed: taken, EMPTY: 1.0}
+        assert verdicts(on_a_gpu(case, times, measured)) == {title: (met, False)}
+    # Without a replay there is no time.
+    assert verdicts(on_a_gpu(case, {"adadfq cuda": 0.1, EMPTY: 1.0}, measured)) == {title: (None, False)}
+
+
+class Graph:
+    """Stands in for a CUDA graph: what is called while it is recorded is called by a replay, too."""
+
+    recorded = replayed = 0
+
+    def replay(self) -> None:
+        Graph.replayed += 1
+
+
+def test_replayed_calls_are_timed_by_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_named("fake_quantize/per_tensor/resnet20@32.conv1/b16/float32/contiguous/forward")
+    monkeypatch.setattr(providers, "backends", lambda case, device_type: ["cuda"] if device_type == "cuda" else ["cpu"])
+    names = providers.names(case, "cuda")
+    assert {f"adadfq cuda{REPLAYED}", EMPTY, "adadfq cuda", REFERENCE, PLAIN, COPY} <= set(names)
+    assert COMPILE not in names
+    assert not [name for name in providers.names(case, "cpu") if name.endswith(REPLAYED)]
+    training = case_named("fake_quantize/per_tensor/resnet20@32.conv1/b16/float32/contiguous/both")
+    assert not [name for name in providers.names(training, "cuda") if name.endswith(REPLAYED)]
+
+    calls = 0
+
+    @contextlib.contextmanager
+    def recording(graph: Graph) -> Iterator[None]:
+        before = calls
+        yield
+        graph.recorded = calls - before
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+
+    provider = providers._replayed(providers.Provider("empty", call))
+    clock = 1000.0
+    monkeypatch.setattr(timing, "clock_of", lambda device: lambda function, repeats: (function(), clock)[1])
+    kept = timing.measure([provider], CPU, 5, 0)["empty"]
+    assert calls == 1 + providers.CALLS_OF_GRAPH and Graph.replayed == 1 + 1 + 5 * 2
+    assert set(kept.values) == {clock / providers.CALLS_OF_GRAPH} and kept.calls == providers.CALLS_OF_GRAPH
+    problem = problems.make(case, CPU)
+    empty, ours = providers.build(case, problem, [EMPTY, f"adadfq cuda{REPLAYED}"])
+    assert empty.results is None and empty.backend is None
+    assert ours.backend == "cuda" and ours.results is not None and ours.is_ours
+    empty.call()
 
 
 def test_readme_names_who_has_no_time(measured: Path) -> None:
@@ -953,11 +1088,26 @@ def test_a_prediction_calls_the_operator(case: Case) -> None:
     main = [
         tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg]) if isinstance(tensor, Tensor)
     ]
-    assert {tuple(tensor.shape) for tensor in main} >= set(case.shapes)
+    if op == "unpack_dequantize":
+        assert args[4] == list(case.shapes[0]) and main[0].numel() == math.prod(args[4]) // 2
+    else:
+        assert {tuple(tensor.shape) for tensor in main} >= set(case.shapes)
 
 
 def test_every_operator_is_predicted() -> None:
-    assert {predict._call(case)[0] for case in predict.chosen()} == set(triton.KERNELS)
+    for backend in (triton, cuda):
+        served = {predict._call(case)[0] for case in predict.chosen() if predict.serves(backend.NAME, case)}
+        assert served == set(backend.KERNELS)
+
+
+@recorded
+@pytest.mark.parametrize("dtype", cases.HUGE)
+def test_the_weights_of_resnet50_are_one_launch(dtype: str) -> None:
+    case = case_named(f"foreach_dynamic_fake_quantize/axis0/resnet50@224.weights/{dtype}/contiguous/forward")
+    op, args = predict._call(case)
+    assert op == case.op and len(args[0]) == 54
+    (launch,) = predict_cuda.record(op, args, MULTIPROCESSORS)
+    assert launch.nbytes >= case.bytes_moved
 
 
 @pytest.fixture(scope="module")
@@ -1097,6 +1247,7 @@ def test_gpu_sh_dry_run() -> None:
         "-m gpu tests",
         "compute-sanitizer --tool racecheck",
         "-m benchmarks ops --device cuda",
+        "-m benchmarks routes",
     ):
         assert text in done.stdout
 
@@ -1176,6 +1327,22 @@ def test_gpu_sh_fails_whatever_the_status(
     fail(machinery, pattern, status)
     done = gpu_sh(str(machinery / "results"), **standing_in)
     assert done.returncode == 1 and f"exit status {status} of:" in done.stderr and "failed" in done.stderr
+
+
+def test_gpu_sh_makes_routes_of_the_times(machinery: Path, standing_in: dict[str, str]) -> None:
+    done = gpu_sh("--only", "bench", str(machinery / "results"), **standing_in)
+    assert done.returncode == 0, done.stderr
+    made = [line.split() for line in (machinery / "log").read_text().splitlines() if "-m benchmarks" in line]
+    assert [words[3] for words in made] == ["ops", "routes", "step"]
+    times = made[0][made[0].index("--json") + 1]
+    assert made[1][4:] == [times, "--out", str(machinery / "results" / readme.ROUTES)]
+
+
+def test_a_table_of_routes_is_no_file_of_results(tmp_path: Path) -> None:
+    shutil.copy(routes.DEFAULT, tmp_path / readme.ROUTES)
+    page = tmp_path / "README.md"
+    page.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    assert readme.update(page, tmp_path) == [page] and readme.stale(page, tmp_path) == []
 
 
 def test_gpu_sh_says_what_it_left_out(machinery: Path, standing_in: dict[str, str]) -> None:

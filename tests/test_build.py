@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from types import ModuleType
 
 import building
 import pytest
-from building import ROOT, copy_sources, load_setup
+from building import ROOT, copy_sources, load_setup, unavailable
 
 AVAILABLE = ["75", "80", "86", "89", "90", "100", "103", "120"]
 
@@ -35,7 +36,7 @@ def fake_nvcc(root: Path, script: str = "exit 0") -> Path:
     return executable(root / "bin" / "nvcc", script)
 
 
-def test_nvcc_is_looked_for_in_order(setup_py: ModuleType, tmp_path: Path) -> None:
+def test_nvcc_is_looked_for_in_order(setup_py: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home, path, default = (fake_nvcc(tmp_path / name) for name in ("home", "path", "default"))
     on_path = fake_nvcc(tmp_path / "on_path")
     environ = {
@@ -46,7 +47,10 @@ def test_nvcc_is_looked_for_in_order(setup_py: ModuleType, tmp_path: Path) -> No
     for expected, name in ((home, "CUDA_HOME"), (path, "CUDA_PATH"), (on_path, "PATH")):
         assert setup_py.find_nvcc(environ, default.parents[1]) == expected
         environ[name] = str(tmp_path / "nothing")
+        capsys.readouterr()
     assert setup_py.find_nvcc(environ, default.parents[1]) == default
+    for name, line in zip(("CUDA_HOME", "CUDA_PATH"), capsys.readouterr().out.splitlines(), strict=True):
+        assert line.startswith(f"adadfq: {name}={tmp_path / 'nothing'} is ignored: ")
     assert setup_py.find_nvcc(environ, tmp_path / "nothing") is None
 
 
@@ -75,12 +79,18 @@ def test_archs_nvcc_does_not_know_are_refused(setup_py: ModuleType, text: str) -
 
 
 def test_the_newest_arch_is_also_ptx(setup_py: ModuleType) -> None:
-    flags = setup_py.arch_flags(["80", "120"])
+    flags = setup_py.arch_flags(["75", "80", "120"])
     assert flags == [
+        "-gencode=arch=compute_75,code=sm_75",
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_120,code=compute_120",
+        "-gencode=arch=compute_100,code=sm_120",
+        "-gencode=arch=compute_100,code=compute_100",
     ]
+
+
+def test_archs_share_ptx(setup_py: ModuleType) -> None:
+    archs = {"70": "70", "75": "75", "80": "80", "86": "80", "89": "80", "90": "80", "100": "100", "121": "100"}
+    assert {arch: setup_py.ptx_arch(arch) for arch in archs} == archs
 
 
 def test_cuda_is_left_out_with_a_reason(
@@ -106,6 +116,15 @@ def test_an_old_nvcc_is_refused(setup_py: ModuleType, tmp_path: Path) -> None:
         nvcc = fake_nvcc(tmp_path / str(number), f"echo 'Cuda compilation tools, {text}'")
         with pytest.raises(setup_py.OptionError, match=r"expected 12\.4 or newer: set CUDA_HOME .* or ADADFQ_CUDA=0"):
             setup_py.nvcc_version(nvcc)
+    broken = fake_nvcc(tmp_path / "broken", "echo 'nvcc: no cudafe++' >&2; exit 1")
+    expected = "bin/nvcc --version failed: nvcc: no cudafe[+]+; fix it, set CUDA_HOME, or ADADFQ_CUDA=0 leaves CUDA out"
+    with pytest.raises(setup_py.OptionError, match=expected):
+        setup_py.nvcc_version(broken)
+    not_a_program = tmp_path / "text"
+    not_a_program.write_bytes(b"\x7fELF")
+    not_a_program.chmod(0o755)
+    with pytest.raises(setup_py.OptionError, match=f"{not_a_program} --version cannot be run: .*; fix it, set CUDA"):
+        setup_py.nvcc_version(not_a_program)
     nvcc = fake_nvcc(tmp_path / "new", "echo 'Cuda compilation tools, release 13.10, V13.10.5'")
     assert setup_py.nvcc_version(nvcc) == "13.10"
 
@@ -168,14 +187,17 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     try:
         setup_py.ninja_build.find()
     except setup_py.ninja_build.PlatformError as error:
-        pytest.skip(str(error))
+        unavailable(str(error))
     monkeypatch.chdir(root)
     return setup_py
 
 
 @pytest.fixture
 def build(copied: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Builds _C_cuda in a copy of the sources, with paths that need quoting; returns the commands that nvcc ran."""
+    """Builds _C_cuda in a copy of the sources, with paths that need quoting; returns the commands that nvcc ran.
+
+    nvcc itself would expand a $ in --build-temp.
+    """
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cu da"))
     for name in ("ADADFQ_CUDA", "ADADFQ_CUDA_ARCHS", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
@@ -186,7 +208,7 @@ def build(copied: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         nvcc.with_name("fail").write_text(fail)
         log = nvcc.with_name("log")
         log.touch()
-        building.build(copied, copied.CUDA, "--build-temp", "te$mp", *options)
+        building.build(copied, copied.CUDA, "--build-temp", "te mp", *options)
         return log.read_text().splitlines()
 
     return run
@@ -204,20 +226,56 @@ def module() -> Path:
 @pytest.mark.parametrize(
     ("release", "archs"), [(NVCC_12_4, "75 80 86 89 90"), (NVCC_13, "75 80 86 89 90 100 120")], ids=["12.4", "13.0"]
 )
-def test_commands(build: Callable[..., list[str]], release: tuple[str, str], archs: str) -> None:
+def test_commands(
+    build: Callable[..., list[str]],
+    copied: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    release: tuple[str, str],
+    archs: str,
+) -> None:
     commands = build(release)
     sources = {str(path) for path in Path("csrc/cuda").glob("*.cu")} | {"csrc/bind_cuda.cpp"}
     assert compiled(commands) == sources and len(commands) == len(sources) + 1
-    newest = archs.split()[-1]
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split()]
-    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    targets = copied.arch_flags(archs.split())
     for command in commands[:-1]:
         assert [part for part in command.split() if part.startswith("-gencode")] == targets
         assert "--fmad=false" in command and "-ffp-contract=off" in command
     assert commands[-1].startswith("-shared -cudart=static ")
-    info = json.loads(Path("lib/adadfq/_build_info.json").read_text())
+    info = json.loads(Path("lib/adadfq", copied.BUILD_INFO).read_text())
     assert info["cuda_archs"] == archs.split() and info["nvcc"] == release[0] and info["cuda_left_out"] is None
     assert module().read_text() == "built\n"
+    line = rf"adadfq: CUDA {release[0]} at \S+/cu da/bin/nvcc, for sm_75, sm_80, .*sm_{archs.split()[-1]}"
+    assert re.search(line, capsys.readouterr().out)
+
+
+def test_what_takes_long_is_compiled_first(build: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ninja begins with what its file names first."""
+    monkeypatch.setenv("MAX_JOBS", "1")
+    order = [source for command in build() for source in re.findall(r" -c (\S+)", command)]
+    assert order[-1] == "csrc/bind_cuda.cpp" and len(order) > 2
+    sizes = [Path(source).stat().st_size for source in order[:-1]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_module_of_an_earlier_build_goes_with_cuda(
+    build: Callable[..., list[str]], copied: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be imported from the sources, and be shipped from the folder of the build."""
+    Path("adadfq").mkdir()
+    build()
+    build(options=("--inplace",))
+    Path("adadfq/_C_cuda.other_python.so").touch()
+    built = module()
+    in_sources = Path("adadfq", built.name)
+    assert in_sources.read_text() == "built\n"
+    monkeypatch.setenv("ADADFQ_CUDA", "0")
+    monkeypatch.setenv("CXX", str(executable(tmp_path / "cxx", FAKE_NVCC)))
+    tmp_path.joinpath("fail").write_text(NEVER)
+    building.build(copied, "adadfq._C_cpu", "--inplace")
+    assert not built.exists() and not in_sources.exists() and Path("adadfq/_C_cuda.other_python.so").exists()
+    assert len(list(Path("adadfq").glob("_C_cpu*.so"))) == 1
+    build_info = json.loads(Path("adadfq", copied.BUILD_INFO).read_text())
+    assert build_info["cuda_left_out"] == "left out by ADADFQ_CUDA=0"
 
 
 def test_only_what_changed_is_built_again(build: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +300,7 @@ def test_a_failing_nvcc_names_the_way_out(
     with pytest.raises(SystemExit, match=r"command after FAILED .* failed\. If it is nvcc, .*ADADFQ_CUDA=0"):
         build(fail=step)
     assert "FAILED: " in (output := capfd.readouterr().out) and "failing" in output
-    assert not list(Path().rglob("*.so")) and not list(Path().rglob("_build_info.json"))
+    assert not list(Path().rglob("*.so")) and not list(Path().rglob("_build_info*"))
     build()
     assert module().read_text() == "built\n"
     # A module of before stays as it is.
@@ -263,7 +321,15 @@ def test_cxx_compiles_and_links(copied: ModuleType, tmp_path: Path, monkeypatch:
     for command in compilations:
         assert set(copied.CXX_FLAGS) | {"-fopenmp", "-fPIC"} <= set(command.split())
     assert {"-shared", "-fopenmp"} <= set(linking.split())
-    assert json.loads(Path("lib/adadfq/_build_info.json").read_text())["cuda_left_out"] == "left out by ADADFQ_CUDA=0"
+    assert json.loads(Path("lib/adadfq", copied.BUILD_INFO).read_text())["cuda_left_out"] == "left out by ADADFQ_CUDA=0"
+
+
+@pytest.mark.parametrize("required", ["", "1"])
+def test_what_is_missing_skips_or_fails(monkeypatch: pytest.MonkeyPatch, required: str) -> None:
+    monkeypatch.setenv("ADADFQ_TEST_REQUIRE_CUDA", required)
+    outcome = pytest.fail.Exception if required else pytest.skip.Exception
+    with pytest.raises(outcome, match="no nvcc"):
+        unavailable("no nvcc")
 
 
 def test_ninja_build_is_in_source_distributions() -> None:

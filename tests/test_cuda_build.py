@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,23 +9,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
-import torch
-from building import ROOT, copy_sources, load_setup
+from building import ROOT, copy_sources, load_setup, unavailable
 
-from adadfq.errors import BackendError, InvalidInputError
-from adadfq.ops import cuda
+from adadfq.errors import InvalidInputError
 from benchmarks.resources import find_cuobjdump, resources
 
 ARCHS = ["80", "90"]
 #: What CUDA says on a machine without a driver, and without a device.
 NO_DEVICE = "CUDA driver version is insufficient|no CUDA-capable device|stub library"
-without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and calls succeed")
 
 
 class Build(NamedTuple):
@@ -48,9 +43,9 @@ def setup_py() -> ModuleType:
 def built(setup_py: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """_C_cuda, built once by setup.py in a process of its own."""
     if (nvcc := setup_py.find_nvcc(os.environ)) is None:
-        pytest.skip("no nvcc")
+        unavailable("no nvcc")
     if shutil.which("g++") is None:
-        pytest.skip("no g++")
+        unavailable("no g++")
     root = copy_sources(tmp_path_factory.mktemp("cuda"))
     environ = {**os.environ, "ADADFQ_CUDA": "1", "ADADFQ_CUDA_ARCHS": ";".join(ARCHS)}
     command = [sys.executable, str(ROOT / "tests" / "building.py"), setup_py.CUDA]
@@ -63,7 +58,7 @@ def built(setup_py: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bui
 
 
 def test_the_build_is_recorded(built: Build, setup_py: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    info = json.loads((built.root / "lib" / "adadfq" / "_build_info.json").read_text())
+    info = json.loads((built.root / "lib" / "adadfq" / setup_py.BUILD_INFO).read_text())
     assert info["cuda_archs"] == ARCHS and info["cuda_left_out"] is None and re.fullmatch(r"1\d\.\d+", info["nvcc"])
     assert info["sources"] == setup_py.digest_of_sources(built.root / "csrc")
     with capsys.disabled():
@@ -83,7 +78,9 @@ spec.loader.exec_module(module)
 
 def python(code: str, built: Build) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", LOAD + code, str(built.module)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # No device is seen, be there one or not, as addresses are those of nothing or of the CPU.
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
 
 
 def test_importing_loads_no_library_of_cuda(built: Build) -> None:
@@ -92,34 +89,28 @@ def test_importing_loads_no_library_of_cuda(built: Build) -> None:
     assert "_C_cuda" in done.stdout and not re.search(r"libcuda\b|libcudart|libnv", done.stdout)
 
 
-@without_a_gpu
 def test_a_call_without_a_device_says_so(built: Build) -> None:
     code = "import re; f = module.fake_quantize; f(*[0] * len(re.findall(r'arg\\d+:', f.__doc__)))"
     done = python(code, built)
     assert done.returncode == 1 and re.search(f"RuntimeError: .*({NO_DEVICE})", done.stderr), done.stderr
 
 
-@pytest.fixture
-def loaded(built: Build, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module in the backend's hands, which takes CPU tensors as if they were on a device."""
-    spec = importlib.util.spec_from_file_location("adadfq._C_cuda", built.module)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(cuda, "_load", lambda: (module, None))
-    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
-    yield module
+#: The module in the backend's hands, which takes CPU tensors as if they were on a device.
+SERVE = """
+import torch
+from adadfq.ops import cuda
+print([name for name in cuda.FUNCTIONS if not hasattr(module, name)])
+cuda._load, cuda.DEVICE_TYPE = lambda: (module, None), "cpu"
+x, scale, zero_point = torch.ones(2, 3), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+cuda.KERNELS["fake_quantize"](x, scale, zero_point, 4)
+"""
 
 
-def test_the_module_has_what_the_backend_calls(loaded: ModuleType) -> None:
-    assert [name for name in cuda.FUNCTIONS if not hasattr(loaded, name)] == []
-
-
-@without_a_gpu
-def test_the_backend_names_operator_and_shape(loaded: ModuleType) -> None:
-    x, scale, zero_point = torch.ones(2, 3), torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    expected = rf"fake_quantize failed on cpu for torch\.float32 \[2, 3\]: .*({NO_DEVICE}).*ADADFQ_BACKEND=reference"
-    with pytest.raises(BackendError, match=expected):
-        cuda.KERNELS["fake_quantize"](x, scale, zero_point, 4)
+def test_the_backend_names_operator_and_shape(built: Build) -> None:
+    done = python(SERVE, built)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+    expected = rf"BackendError: fake_quantize failed on cpu for torch\.float32 \[2, 3\]: .*({NO_DEVICE})"
+    assert done.returncode == 1 and re.search(f"{expected}.*ADADFQ_BACKEND=reference", done.stderr), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- resources
@@ -129,11 +120,13 @@ def test_nothing_spills(built: Build) -> None:
     try:
         cuobjdump = find_cuobjdump()
     except InvalidInputError as error:
-        pytest.skip(str(error))
+        unavailable(str(error))
     rows = resources(built.module, cuobjdump)
     assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in ARCHS}
     names = {row["kernel"] for row in rows}
     assert all(name in names for name in kernels(built.root)), sorted(kernels(built.root) - names)
+    files = {path.name for path in (built.root / "csrc" / "cuda").glob("*.cu")}
+    assert {row["source"] for row in rows} <= files  # also those of headers
     assert [row for row in rows if row["stack_bytes"] or row["local_bytes"]] == []
     assert all(0 < row["registers"] <= 255 for row in rows)
 

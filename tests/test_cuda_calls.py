@@ -42,6 +42,7 @@ PARAMETERS = {
 }
 #: Not what a GPU needs: what is asked for is what must come.
 DOUBLES = 7
+LONGEST_ROW = 100
 
 
 class StandIn:
@@ -50,6 +51,8 @@ class StandIn:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.native = importlib.import_module("adadfq._C_cpu")
+
+    longest_row = LONGEST_ROW
 
     def partial_doubles(self, channels: int) -> int:
         return DOUBLES * channels
@@ -104,7 +107,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
 
 
 def test_the_parameters_are_those_of_every_function() -> None:
-    assert {*PARAMETERS, "partial_doubles"} == set(cuda.FUNCTIONS)
+    assert {*PARAMETERS, "partial_doubles", "longest_row", "warm_up"} == set(cuda.FUNCTIONS)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -203,6 +206,24 @@ def test_no_other_scratch_memory_is_taken(native: StandIn, scratch: list[tuple[i
     assert len(scratch) == ("scratch" in given)
 
 
+@pytest.mark.parametrize(
+    "shapes,axis,doubles",
+    [
+        ([(5, LONGEST_ROW), (3, 2, 7)], 0, 0),
+        ([(5, LONGEST_ROW + 1), (300, 7)], 0, 5),
+        ([(1, 9, 4), (2, 3, 7)], 1, 3),  # channels of the second are two rows each
+    ],
+)
+def test_rows_take_no_scratch_memory(
+    native: StandIn, scratch: list[tuple[int, Tensor]], shapes: list[tuple[int, ...]], axis: int, doubles: int
+) -> None:
+    tensors = [torch.randn(shape) for shape in shapes]
+    cuda.KERNELS["foreach_dynamic_fake_quantize"](tensors, [4] * len(shapes), axis)
+    ((_, given),) = native.calls
+    assert [taken for taken, _ in scratch] == [DOUBLES * doubles] * (doubles > 0)
+    assert (given["scratch"] == 0) == (doubles == 0)
+
+
 def test_many_tensors_are_one_call(native: StandIn) -> None:
     tensors = [torch.randn(shape) for shape in ((4, 3, 3, 3), (0, 3), (7, 2), (1, 9))]
     x_hats, scales, zero_points = cuda.KERNELS["foreach_dynamic_fake_quantize"](tensors, [4, 4, 2, 8], 0)
@@ -269,10 +290,15 @@ def test_the_stream_is_that_of_the_tensors_device(current: int, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
-    monkeypatch.setattr(cuda, "_load", lambda: (SimpleNamespace(function=lambda *args: seen.append(args)), None))
-    cuda._call("op", "function", OnDevice(index=1), 5)
-    launched = (5, 0, 1, 1001)
-    assert seen == ([launched] if current == 1 else [("enter", 1), launched, ("exit", 1)])
+    module = SimpleNamespace(
+        function=lambda *args: seen.append(args), warm_up=lambda device: seen.append(("warm up", device))
+    )
+    monkeypatch.setattr(cuda, "_load", lambda: (module, None))
+    for first in ([("warm up", 1)], []):
+        seen.clear()
+        cuda._call("op", "function", OnDevice(index=1), 5)
+        launched = [*first, (5, 0, 1, 1001)]
+        assert seen == (launched if current == 1 else [("enter", 1), *launched, ("exit", 1)])
 
 
 # ---------------------------------------------------------------------------------------------------- availability

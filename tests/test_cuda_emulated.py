@@ -16,11 +16,11 @@ from pathlib import Path
 
 import emulated_cuda
 import pytest
+from building import unavailable
 
+if shutil.which(os.environ.get("CXX", "c++").split()[-1]) is None:
+    unavailable("no C++ compiler to compile the kernels with")
 pytest.importorskip("pybind11", reason="pybind11 is needed to compile the kernels")
-pytestmark = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler to compile the kernels with"
-)
 
 TESTS = Path(__file__).parent
 #: Of the examples that the CPU kernels get: a launch takes milliseconds.

@@ -6,8 +6,12 @@ and nothing is left to a transcendental function, else with the reference in flo
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
+TESTS = Path(__file__).parent
 #: Odd sizes; a layer; channels of one element; rows of odd length; more channels than columns of a tile.
 SHAPES = [(3, 5, 7, 9), (16, 64, 56, 56), (1, 1, 1, 1), (32, 512, 7, 7), (5, 300, 1, 3), (2, 2048, 4, 4)]
 LOGITS = [(16, 10), (1024, 1000), (1, 2), (256, 100), (129, 3), (64, 1000)]
@@ -141,6 +146,37 @@ def test_kernel_in_a_graph(gpu_backend: str, op: str) -> None:
         graph.replay()
         for got, want in zip(out + mutated, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+#: Sums over blocks, with their counters, come first.
+CAPTURED_FIRST = """
+import torch
+from operator_arguments import arguments, assert_right, flat, own
+from adadfq.ops import dispatch
+
+for op in ("bn_match", "observe_fake_quantize", "margin_loss", "fake_quantize"):
+    args = arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda")
+    inputs, graph = own(args), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = flat(dispatch.BACKENDS["cuda"].KERNELS[op](*inputs))
+    graph.replay()
+    assert_right(op, out + [inputs[i] for i in dispatch.MUTATES.get(op, ())], args)
+"""
+
+
+def test_the_first_call_of_a_process_is_captured() -> None:
+    """What is loaded on first use is loaded in a capture too, in which a thread may not do just anything."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", CAPTURED_FIRST],
+        cwd=TESTS.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 LARGE_LOGITS = pytest.mark.parametrize(

@@ -278,9 +278,9 @@ def test_functions_take_what_the_quantiser_does(backend: str) -> None:
     assert torch.equal(packed, F.quantize_pack(x, scale.view(()), zero_point.int().view(()), 3))
     apart = torch.stack([packed, packed + 1], 1)[:, 0]
     assert not apart.is_contiguous()
-    for shape in ([5, 7], (35,), torch.Size([7, 1, 5])):
+    for shape in ([5, 7], (35,), torch.Size([7, 1, 5]), (Size(5), Size(7)), [Size(35)]):
         got = F.unpack_dequantize(apart, scale.half().float(), zero_point.to(torch.uint8), 3, shape)
-        assert got.shape == torch.Size(shape) and got.dtype == torch.float32 and got.is_contiguous()
+        assert got.shape == torch.Size(map(int, shape)) and got.dtype == torch.float32 and got.is_contiguous()
 
 
 def test_codes_have_no_gradient(backend: str) -> None:
@@ -346,6 +346,16 @@ def test_opcheck(backend: str, op: str, axis: int | None, dtype: torch.dtype) ->
         torch.library.opcheck(getattr(torch.ops.adadfq, op).default, args)
 
 
+class Size:
+    """An integer that is no int, as NumPy's are."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
 ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
 
@@ -367,16 +377,29 @@ ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
         ),
         ("packed must hold 3 bytes, 4 bits", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, [2, 3])),
         ("packed must hold 0 bytes, 4 bits", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, [0, 3])),
-        ("shape must be the sizes of a tensor, got 8", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, 8)),
+        (
+            "shape must be the sizes of a tensor, a sequence of integers from 0, got 8",
+            lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, 8),
+        ),
         (r"shape must be .*, got \[-2, -4\]", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, [-2, -4])),
         (r"shape must be .*, got \[8.0\]", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, [8.0])),
+        ("shape must be .*, got ''", lambda x, p: F.unpack_dequantize(p[:1], ONE, ZERO, 4, "")),
+        ("shape must be .*, got b'", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, bytes([2, 4]))),
+        (r"shape must be .*, got \[True\]", lambda x, p: F.unpack_dequantize(p[:1], ONE, ZERO, 4, [True])),
         ("axis must be -2..1", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, [2, 4], 2)),
         ("scale must have 4 elements for axis 1", lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, [2, 4], 1)),
         (
             "dtype must be a floating-point dtype, got torch.int8",
             lambda x, p: F.unpack_dequantize(p, ONE, ZERO, 4, [8], dtype=torch.int8),
         ),
-        ("scale must be on cpu", lambda x, p: F.unpack_dequantize(p, ONE.to("meta"), ZERO, 4, [8])),
+        (
+            "scale must be on cpu like packed, got meta",
+            lambda x, p: F.unpack_dequantize(p, ONE.to("meta"), ZERO, 4, [8]),
+        ),
+        (
+            "zero_point must be on cpu like packed, got meta",
+            lambda x, p: F.unpack_dequantize(p, ONE, ZERO.to("meta"), 4, [8]),
+        ),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused(message: str, call: Callable[[Tensor, Tensor], Tensor]) -> None:

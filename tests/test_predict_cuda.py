@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from building import ROOT, load_setup
+from building import ROOT, load_setup, unavailable
 from click.testing import CliRunner, Result
 
 from adadfq.errors import InvalidInputError
@@ -126,7 +126,13 @@ def missing() -> str | None:
     return next((f"no {tool}" for tool in tools if shutil.which(tool) is None), None)
 
 
-recorded = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@pytest.fixture
+def recording() -> None:
+    if reason := missing():
+        unavailable(reason)
+
+
+recorded = pytest.mark.usefixtures("recording")
 CASES = predict.chosen()
 
 
@@ -185,14 +191,14 @@ def test_recording_ends() -> None:
 def compile_cuda() -> Callable[[Path, Path, str], Path]:
     """Compiles a source for an architecture, as setup.py would; skips without nvcc or cuobjdump."""
     if (reason := missing()) is not None:
-        pytest.skip(reason)
+        unavailable(reason)
     setup_py = load_setup()
     if (nvcc := setup_py.find_nvcc(os.environ)) is None:
-        pytest.skip("no nvcc")
+        unavailable("no nvcc")
     try:
         resources.find_cuobjdump()
     except InvalidInputError as error:
-        pytest.skip(str(error))
+        unavailable(str(error))
 
     def compile_(source: Path, folder: Path, arch: str) -> Path:
         made = folder / f"{source.stem}_{arch}.o"
@@ -250,7 +256,7 @@ def test_what_cannot_be_predicted_is_said(
     assert result.exit_code == 2 and "no machine code for sm_90; it has sm_80: build it with" in result.output
     assert "there is no module" in run("--module", str(tmp_path / "nothing.so"), *FILTERS).output
     copied = Path(shutil.copy(module, tmp_path / "copy.o"))
-    copied.with_name("_build_info.json").write_text('{"sources": "others"}')
+    copied.with_name(resources.record_name(copied)).write_text('{"sources": "others"}')
     result = run("--module", str(copied), *FILTERS)
     assert result.exit_code == 2 and "was built from another csrc than this one" in result.output
     nowhere = InvalidInputError("no cuobjdump (looked everywhere)")

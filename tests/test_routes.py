@@ -28,12 +28,20 @@ from benchmarks.environment import describe
 F32, BF16 = torch.float32, torch.bfloat16
 
 
+def forget() -> None:
+    """Choices, and the table in force, are kept while a process runs."""
+    dispatch._select.cache_clear()
+    routes.current.cache_clear()
+
+
 @pytest.fixture(autouse=True)
-def nothing_chosen() -> Iterator[None]:
-    """Choices are kept while a process runs: each test makes its own."""
-    dispatch._select.cache_clear()
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test makes its own choices, whatever the environment asks for."""
+    for name in ("ADADFQ_ROUTES", "ADADFQ_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    forget()
     yield
-    dispatch._select.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -53,7 +61,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         content = {"format": routes.FORMAT, "version": routes.VERSION, "measured": None, "rules": list(rules)}
         path.write_text(json.dumps(content | other))
         monkeypatch.setenv("ADADFQ_ROUTES", str(path))
-        dispatch._select.cache_clear()
+        forget()
         return path
 
     return write
@@ -184,9 +192,10 @@ RULE = {"op": "bn_match", "backend": "triton"}
         ({"rules": [RULE | {"size": []}]}, "size must be one of small, medium, large, got \\[\\]"),
         (
             {"rules": [RULE | {"layout": "contiguous"}]},
-            "'layout' must be one of op, backend, dtype, size, ratio, cases",
+            "'layout' must be one of op, backend, dtype, size, ratio, worst, cases",
         ),
         ({"rules": [RULE | {"ratio": "fast"}]}, "ratio must be a number, got 'fast'"),
+        ({"rules": [RULE | {"worst": "slow"}]}, "worst must be a number, got 'slow'"),
         ({"rules": [RULE | {"cases": True}]}, "cases must be a number, got True"),
     ],
 )
@@ -211,6 +220,17 @@ def test_a_file_that_cannot_be_read_is_refused(both: None, tmp_path: Path, monke
     # A mended file is read: a failure is not kept.
     (tmp_path / "nowhere.json").write_text(routes.DEFAULT.read_text())
     assert dispatch.select("bn_match", "cuda", F32) in routes.BACKENDS
+
+
+def test_the_file_is_read_once_a_process(
+    both: None, use: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = use({"op": "bn_match", "backend": "triton"}, {"op": "margin_loss", "backend": "triton"})
+    assert dispatch.select("bn_match", "cuda", F32) == "triton"
+    # Another operator, of which nothing was chosen yet, is served by the same table.
+    path.write_text("{")
+    monkeypatch.setenv("ADADFQ_ROUTES", str(tmp_path / "nowhere.json"))
+    assert dispatch.select("margin_loss", "cuda", F32) == "triton"
 
 
 def test_info_says_what_is_in_force(both: None, use: Callable[..., Path]) -> None:
@@ -346,17 +366,63 @@ def test_times_of_different_runs_make_no_ratio(results: Callable[..., dict[str, 
 
 
 def test_operators_of_rows() -> None:
-    """Every operator of the schema but those of packing has a kind of row, and none has two."""
-    found: dict[tuple[str, ...], str | None] = {}
+    """Every operator of the schema has a kind of row of its own."""
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for case in registry():
         row = {"op": case.op, "variant": case.variant, "pass": case.pass_}
-        found[case.op, "clip" if case.variant.endswith("_clip") else "", case.pass_] = making.operator(row)
-    assert set(found.values()) - {None} == set(gpu.OPERATORS)
-    assert found["affine_act_fake_quantize", "", "both"] is None
-    assert found["fake_quantize", "clip", "both"] is None
-    assert found["entropy_distillation", "", "both"] == "entropy_distillation"
-    assert found["entropy_distillation", "", "backward"] is None
-    assert found["bn_match", "", "backward"] == "bn_match_backward"
+        found[case.op, "clip" if case.variant.endswith("_clip") else "", case.pass_] = making.operators(row)
+    assert {ops[0] for ops in found.values() if len(ops) == 1} == {*gpu.OPERATORS, *gpu.PACKING} == set(OPERATORS)
+    affine = "affine_act_fake_quantize"
+    assert found[affine, "", "both"] == (affine, f"{affine}_backward")
+    assert found["fake_quantize", "clip", "both"] == ("fake_quantize", "fake_quantize_backward")
+    assert found["entropy_distillation", "", "both"] == ("entropy_distillation",)
+    assert found["entropy_distillation", "", "backward"] == ()
+    assert found["bn_match", "", "backward"] == ("bn_match_backward",)
+
+
+FORWARD = "fake_quantize/{}/" + LARGE + "/float32/{}/forward"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "backend", "worst", "slower"),
+    [
+        # Cuda's by the median, and no case is slower by more than 5 %.
+        ((0.8, 1.0, 1.05), "cuda", 1.05, {}),
+        # Cuda's by the median, but it is the slower one by more on its worst case than triton on its own.
+        ((0.9, 1.0, 1.5), "triton", 1.1111, {0: 1.11}),
+        ((0.5, 1.0, 1.5), "cuda", 1.5, {2: 1.5}),
+        # Triton's by the median.
+        ((0.5, 1.2, 1.4), "cuda", 1.4, {2: 1.4, 1: 1.2}),
+        ((0.96, 1.2, 1.4), "triton", 1.0417, {}),
+        ((0.8, 1.2, 1.25), "triton", 1.25, {0: 1.25}),
+    ],
+)
+def test_no_case_is_left_slower_than_need_be(
+    results: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    ratios: tuple[float, ...],
+    backend: str,
+    worst: float,
+    slower: dict[int, float],
+) -> None:
+    places = (("per_tensor", "contiguous"), ("per_channel", "contiguous"), ("per_channel", "channels_last"))
+    names = [FORWARD.format(*place) for place in places]
+    measured = results({name: (ratio, 1.0) for name, ratio in zip(names, ratios, strict=True)})
+    # Two operators: no rule's business.
+    both = results({f"bn_match_forward/-/{LARGE}/float32/contiguous/both": (9.0, 1.0)})
+    content = making.build([measured, both])
+    (rule,) = content["rules"]
+    assert (rule["backend"], rule["ratio"], rule["worst"]) == (backend, sorted(ratios)[1], worst)
+    found = making.left_slower([measured, both], content)
+    assert [(case, name, round(factor, 2)) for case, name, factor in found] == [
+        (names[i], backend, factor) for i, factor in slower.items()
+    ]
+    store.write(tmp_path / "ops-cuda.json", measured)
+    output = run(tmp_path / "ops-cuda.json", "--out", tmp_path / "routes.json").output
+    for i, factor in slower.items():
+        assert f"{names[i]}: {backend} takes {factor:.2f} times the other's time" in output
+    assert ("no case is left with a backend more than 5% slower" in output) is not bool(slower)
+    assert routes.load(tmp_path / "routes.json").rules[0].backend == backend
 
 
 def _change(content: dict[str, Any], key: str, value: object) -> None:
@@ -408,6 +474,7 @@ def test_the_command_makes_what_the_dispatcher_takes(
     assert "foreach_dynamic_fake_quantize" in result.output and "cuda / triton" in result.output
     assert [line.count('"op"') for line in out.read_text().splitlines() if '"op"' in line] == [1, 1]
     monkeypatch.setenv("ADADFQ_ROUTES", str(out))
+    forget()
     assert dispatch.select("foreach_dynamic_fake_quantize", "cuda", F32, "large") == "triton"
     assert dispatch.select("foreach_dynamic_fake_quantize", "cuda", F32, "small") == "cuda"
     assert dispatch.select("bn_match", "cuda", BF16, "large") == "cuda"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ def unpack_dequantize(
         scale: step size; one element when `axis` is None, else ``[shape[axis]]``.
         zero_point: code of 0, shaped like `scale`, an integer tensor.
         bits: width, 2..8.
-        shape: of the result.
+        shape: of the result, a sequence of integers (NumPy's too).
         axis: channel dimension of the result, or None for one scale for the whole tensor.
         dtype: of the result, floating.
 
@@ -83,13 +85,32 @@ def unpack_dequantize(
     checks.check_bits("bits", bits)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InvalidInputError(f"dtype must be a floating-point dtype, got {dtype!r}")
-    if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise InvalidInputError(f"shape must be the sizes of a tensor, got {shape!r}")
+    shape = _sizes(shape)
     reference.check_packed(packed, shape, bits)
+    for name, values in (("scale", scale), ("zero_point", zero_point)):
+        if isinstance(values, Tensor) and values.device != packed.device:
+            raise InvalidInputError(f"{name} must be on {packed.device} like packed, got {values.device}")
     # Has the shape and device of the result, and no memory.
     result = packed.new_empty(()).expand(shape)
     if axis is not None:
         axis = checks.check_axis(axis, result)
     scale, zero_point = checks.check_quantizer(scale, zero_point, axis, result, compute_dtype(dtype))
     with torch.no_grad():
-        return run("unpack_dequantize", packed, scale, zero_point, bits, list(shape), axis, dtype)
+        return run("unpack_dequantize", packed, scale, zero_point, bits, shape, axis, dtype)
+
+
+def _sizes(shape: Any) -> list[int]:
+    """The sizes that `shape` holds, as Python's integers."""
+    try:
+        # Text is a sequence, of which the empty one would pass, and True is an integer.
+        if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes)):
+            raise TypeError
+        if any(isinstance(size, bool) for size in shape):
+            raise TypeError
+        # What a compiler traces are integers that must not become constants.
+        sizes = [size if isinstance(size, (int, torch.SymInt)) else operator.index(size) for size in shape]
+    except TypeError:
+        sizes = [-1]
+    if any(size < 0 for size in sizes):
+        raise InvalidInputError(f"shape must be the sizes of a tensor, a sequence of integers from 0, got {shape!r}")
+    return sizes

@@ -41,6 +41,8 @@ FUNCTIONS = (
     "margin_loss",
     "entropy_distillation",
     "partial_doubles",
+    "longest_row",
+    "warm_up",
 )
 
 
@@ -51,7 +53,8 @@ def build_info() -> dict[str, Any]:
     Empty where the package was never built.
     """
     try:
-        return json.loads(Path(__file__).parents[1].joinpath("_build_info.json").read_text())
+        name = f"_build_info.{sys.implementation.cache_tag}.json"  # every Python has modules of its own
+        return json.loads(Path(__file__).parents[1].joinpath(name).read_text())
     except FileNotFoundError:
         return {}
 
@@ -79,9 +82,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "no CUDA device"
     archs = info.get("cuda_archs", [])
     for index in range(torch.cuda.device_count() if archs else 0):
-        if not runs_on(archs, torch.cuda.get_device_capability(index)):
-            name = torch.cuda.get_device_name(index)
-            return None, f"built for {', '.join(f'sm_{arch}' for arch in archs)}, which does not run on {name}"
+        major, minor = torch.cuda.get_device_capability(index)
+        if not runs_on(archs, (major, minor)):
+            built, name = ", ".join(f"sm_{arch}" for arch in archs), torch.cuda.get_device_name(index)
+            return None, (
+                f"built for {built}, which does not run on cuda:{index} ({name}): build again with "
+                f"ADADFQ_CUDA_ARCHS={major}{minor}, or leave the device out of CUDA_VISIBLE_DEVICES"
+            )
     return module, None
 
 
@@ -94,6 +101,17 @@ def _native() -> Any:
     return _load()[0]
 
 
+@cache
+def _warm_up(native_warm_up: Callable[[int], None], device: int) -> None:
+    """Before the first launch on a device: rather in an eager call than in the capture of a graph, which works too."""
+    native_warm_up(device)
+
+
+@cache
+def _partial_doubles(native_partial_doubles: Callable[[int], int], channels: int) -> int:
+    return native_partial_doubles(channels)
+
+
 def _call(op: str, function: str, x: Tensor, *arguments: Any) -> None:
     """Queue `function` on the current stream of the device of `x`; only an emulated device has CPU tensors."""
     device = stream = 0
@@ -103,10 +121,13 @@ def _call(op: str, function: str, x: Tensor, *arguments: Any) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
     try:
         with gpu.device_guard(x):
+            if x.is_cuda:
+                _warm_up(_native().warm_up, device)
             getattr(_native(), function)(*arguments, DTYPE_NUMBERS[x.dtype], device, stream)
     except RuntimeError as error:
         raise BackendError(
-            f"{op} failed on {x.device} for {x.dtype} {list(x.shape)}: {error}; ADADFQ_BACKEND=reference avoids it"
+            f"{op} failed on {x.device} for {x.dtype} {list(x.shape)}: {error} (of this launch, or of a kernel queued "
+            "before; CUDA_LAUNCH_BLOCKING=1 tells which); ADADFQ_BACKEND=reference avoids this one"
         ) from error
 
 
@@ -117,6 +138,10 @@ def _address(tensor: Tensor | None) -> int:
 def _scratch(x: Tensor, doubles: int) -> Tensor:
     """Memory that a call is done with when the next on the same stream begins."""
     return torch.empty(doubles, dtype=torch.float64, device=x.device)
+
+
+def _channel_scratch(x: Tensor, channels: int) -> Tensor:
+    return _scratch(x, _partial_doubles(_native().partial_doubles, channels))
 
 
 def _fake_quantize(
@@ -149,8 +174,10 @@ def _dynamic_fake_quantize(op: str, calls: list[tuple[Tensor, Tensor, Tensor, Te
         # The fields of DynamicTensor in csrc/common/dynamic_tensor.h.
         structs.extend((x.data_ptr(), out.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), *layout, bits))
     first = calls[0][0]
-    scratch = _scratch(first, _native().partial_doubles(max(call[4].channels for call in calls)))
-    _call(op, "dynamic_fake_quantize", first, structs.buffer_info()[0], len(calls), scratch.data_ptr())
+    longest = _native().longest_row
+    channels = [call[4].channels for call in calls if call[4].outer != 1 or call[4].inner > longest]
+    scratch = _channel_scratch(first, max(channels)) if channels else None
+    _call(op, "dynamic_fake_quantize", first, structs.buffer_info()[0], len(calls), _address(scratch))
 
 
 def _observe_fake_quantize(
@@ -165,7 +192,7 @@ def _observe_fake_quantize(
     bits: int,
     momentum: float,
 ) -> None:
-    scratch = _scratch(x, _native().partial_doubles(1))
+    scratch = _channel_scratch(x, 1)
     _call(
         op,
         "observe_fake_quantize",
@@ -232,7 +259,7 @@ def _affine_act_fake_quantize_backward(
     layout: Layout,
 ) -> None:
     # Nothing is summed where the parameters have no gradient.
-    scratch = None if grad_scale is None else _scratch(x, _native().partial_doubles(layout.channels))
+    scratch = None if grad_scale is None else _channel_scratch(x, layout.channels)
     _call(
         op,
         "affine_act_fake_quantize_backward",
@@ -280,7 +307,7 @@ def _bn_match(
     var: Tensor,
     layout: Layout,
 ) -> None:
-    scratch = _scratch(x, _native().partial_doubles(layout.channels))
+    scratch = _channel_scratch(x, layout.channels)
     _call(
         op,
         "bn_match",

@@ -7,9 +7,11 @@
 The first rule that fits a call counts; one without dtype or size fits any. Without a rule, and where the backend it
 names cannot serve the call, the order of :data:`adadfq.ops.dispatch.PREFERENCE` holds. `size` is the class
 (:data:`SIZES`) of the elements of the main tensor, of all tensors where there is a list. What a rule came from may be
-beside it: "ratio", the median of cuda's time over triton's, and "cases", how many.
+beside it: "ratio", the median of cuda's time over triton's, "worst", the largest of the chosen backend's time over the
+other's, and "cases", how many.
 
-``ADADFQ_ROUTES`` names a file to use instead; it is read when an operator is first called on a CUDA device.
+``ADADFQ_ROUTES`` names a file to use instead. The file is read once a process, when an operator is first called on a
+CUDA device: what the variable or the file says later counts for nothing, but a file that was refused is read again.
 ``python -m benchmarks routes RESULTS... --out FILE`` makes one.
 """
 
@@ -45,7 +47,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "size": SIZES,
 }
 _REQUIRED = ("op", "backend")
-_EVIDENCE = {"ratio": (int, float), "cases": (int,)}
+_EVIDENCE = {"ratio": (int, float), "worst": (int, float), "cases": (int,)}
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ def override() -> str | None:
     return os.environ.get("ADADFQ_ROUTES") or None
 
 
+@cache
 def current() -> Routes:
-    """The table in force.
+    """The table in force, the same as long as the process runs.
 
     Raises:
         BackendError: the file cannot be read or is not such a table; says where it fails.

@@ -2,6 +2,7 @@
 #ifndef ADADFQ_COMMON_ACTIVATION_H_
 #define ADADFQ_COMMON_ACTIVATION_H_
 
+#include "division.h"
 #include "quantizer.h"
 
 namespace adadfq {
@@ -29,6 +30,14 @@ ADADFQ_HD float affine(float x, float scale, float shift) { return x * scale + s
 // NaN stays.
 ADADFQ_HD float activation(float u, ActBounds bounds) {
   return clamp_keep_nan(u, bounds.lo, bounds.hi);
+}
+
+// The quantiser of activation(u), for u: multiplying by a power of two and clamping are monotone,
+// so the activation's bounds become the quantiser's.
+ADADFQ_HD ChannelQuantizer with_activation(ChannelQuantizer q, ActBounds bounds) {
+  const float lo = clamp_keep_nan(bounds.lo * q.by.factor, q.lo, q.hi),
+              hi = clamp_keep_nan(bounds.hi * q.by.factor, q.lo, q.hi);
+  return {q.by, q.scale, lo, hi};
 }
 
 // What arrives before the activation of the gradient `grad` behind it.

@@ -23,15 +23,36 @@ struct Divisor {
   float r;
 };
 
+// RN(1 / s) for s of moderate size. A GPU's division has branches; its approximation of 1 / s is
+// within one unit in the last place. Two Newton steps make RN(1 / s) of anything within 64 units,
+// but for mantissas of ones alone, where the result may be an even one instead of the odd one above
+// it. Scaling by powers of two is exact, so 2^23 mantissas are all there is to try; all were tried.
+ADADFQ_HD float refined_reciprocal(float s, float near) {
+  near = fmaf(near, fmaf(-s, near, 1.0f), near);
+  near = fmaf(near, fmaf(-s, near, 1.0f), near);
+  const uint32_t ones = ((float_to_bits(s) & 0x7fffffu) + 1) >> 23;
+  return bits_to_float(float_to_bits(near) | ones);
+}
+
+ADADFQ_HD float reciprocal(float s) {
+#if defined(__CUDA_ARCH__)
+  float near;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(s));
+  return refined_reciprocal(s, near);
+#else
+  return 1.0f / s;
+#endif
+}
+
 ADADFQ_HD Divisor divisor(float scale) {
   int32_t exponent = static_cast<int32_t>(float_to_bits(scale) >> 23) & 255;
   exponent = exponent < 1 ? 1 : exponent;
   exponent = exponent > 253 ? 253 : exponent;
   const float factor = bits_to_float(static_cast<uint32_t>(254 - exponent) << 23);
-  // For an infinite scale any finite number does: finite x / inf has code 0.
-  const float s = scale * factor, largest = 3.40282347e+38f;
-  const float finite = s > largest ? largest : s;
-  return {factor, finite, 1.0f / finite};
+  // For an infinite scale any large number does: finite x / inf has code 0.
+  const float s = scale * factor, large = 1.32922800e+36f;
+  const float finite = s > large ? large : s;
+  return {factor, finite, reciprocal(finite)};
 }
 
 // The quantiser of a channel, ready for many values.
@@ -52,7 +73,9 @@ ADADFQ_HD ChannelQuantizer channel_quantizer(float scale, int32_t zero_point, in
                                              float margin) {
   const Divisor by = divisor(scale);
   const CodeBounds codes = code_bounds(zero_point, qmax);
-  return {by, scale, (codes.lo - margin) * by.s, (codes.hi + margin) * by.s};
+  // Infinite for an infinite scale: an infinite x stays, and inf / inf is NaN.
+  const float s = scale * by.factor;
+  return {by, scale, (codes.lo - margin) * s, (codes.hi + margin) * s};
 }
 
 // round(x / scale) between the bounds; NaN stays.

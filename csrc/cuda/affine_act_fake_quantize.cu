@@ -40,11 +40,15 @@ struct Forward {
   ActBounds act;
   int32_t qmax;
   ChannelQuantizer quantizer;
-  float zero_point;
+  float zero_point_bits;
 
-  struct Channel {
+  static constexpr bool kCodes = std::is_same_v<To, uint8_t>;
+
+  struct Parameters {
     float scale, shift;
   };
+
+  using Channel = Parameters;
 
   template <int n>
   struct In {
@@ -53,16 +57,21 @@ struct Forward {
 
   template <int n>
   struct Out {
-    float values[n];
+    std::conditional_t<kCodes, uint8_t, float> values[n];
   };
 
   __device__ void prepare() {
     if (!act_scale) return;
-    quantizer = channel_quantizer(*act_scale, *act_zero_point, qmax, kToCodes);
-    zero_point = static_cast<float>(*act_zero_point);
+    const QParams params{*act_scale, *act_zero_point};
+    quantizer =
+        with_activation(channel_quantizer(params.scale, params.zero_point, qmax, kToCodes), act);
+    // Of a whole number from 2^23 on, as of this plus a code, the last bits are the number's.
+    zero_point_bits = static_cast<float>(params.zero_point) + 8388608.0f;
   }
 
-  __device__ Channel channel(int64_t c) const { return {scale[c], shift[c]}; }
+  __device__ Parameters parameters(int64_t c) const { return {scale[c], shift[c]}; }
+
+  __device__ Channel channel(const Parameters& from) const { return from; }
 
   template <int n>
   __device__ In<n> load(int64_t i) const {
@@ -76,25 +85,23 @@ struct Forward {
   __device__ void apply(const In<n>& in, int j, const Channel& channel, Out<n>& out) const {
     float u = affine(to_float(in.packs[0].values[j]), channel.scale, channel.shift);
     if constexpr (kResidual) u += to_float(in.packs[1].values[j]);
-    u = activation(u, act);
-    if constexpr (std::is_same_v<To, uint8_t>) {
-      const float code = centred_code(u, quantizer) + zero_point;
-      u = code == code ? code : 0.0f;
-    } else if (act_scale) {
-      u = fake_quantize_value(u, quantizer);
+    if constexpr (kCodes) {
+      const float code = centred_code(u, quantizer) + zero_point_bits;
+      out.values[j] = static_cast<uint8_t>(code == code ? float_to_bits(code) : 0);
+    } else {
+      out.values[j] = act_scale ? fake_quantize_value(u, quantizer) : activation(u, act);
     }
-    out.values[j] = u;
   }
 
   template <int n>
   __device__ void store(int64_t i, const Out<n>& values) const {
-    if constexpr (std::is_same_v<To, uint8_t>) {
+    if constexpr (kCodes) {
       Pack<uint8_t, n> codes;
 #pragma unroll
-      for (int j = 0; j < n; ++j) codes.values[j] = static_cast<uint8_t>(values.values[j]);
-      cuda::store(out + i, codes);
+      for (int j = 0; j < n; ++j) codes.values[j] = values.values[j];
+      store_global(out + i, codes);
     } else {
-      cuda::store(out + i, to_pack<T>(values.values));
+      store_global(out + i, to_pack<T>(values.values));
     }
   }
 };
@@ -114,7 +121,8 @@ cudaError_t run(const void* x, const float* scale, const float* shift, const voi
                                      max_code(bits),
                                      {},
                                      0.0f};
-  return elementwise<kPackOf<T>>(op, layout, aligned(x, residual, out), stream);
+  return elementwise<kPackOf<T>>(op, layout, pack_phase<kPackOf<T>>(op.x, op.residual, op.out),
+                                 stream);
 }
 
 template <bool kCodes>

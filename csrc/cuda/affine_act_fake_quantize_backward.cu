@@ -50,7 +50,7 @@ struct Backward {
 
   template <int n>
   struct In {
-    Pack<T, n> grad, x, residual;
+    Loaded<T, n> grad, x, residual;
   };
   template <int n>
   struct Out {
@@ -71,16 +71,17 @@ struct Backward {
 
   template <int n>
   __device__ In<n> load(int64_t i) const {
-    return {cuda::load<n>(grad + i), reads_x ? cuda::load<n>(x + i) : Pack<T, n>{},
-            residual ? cuda::load<n>(residual + i) : Pack<T, n>{}};
+    using Pack = Loaded<T, n>;
+    return {Pack::from(grad + i), reads_x ? Pack::from(x + i) : Pack{},
+            residual ? Pack::from(residual + i) : Pack{}};
   }
 
   template <int n>
   __device__ Item item(const In<n>& in, int j, const Channel& channel) const {
-    const float value = to_float(in.x.values[j]);
+    const float value = in.x.value(j);
     float u = affine(value, channel.scale, channel.shift);
-    if (residual) u += to_float(in.residual.values[j]);
-    return {activation_gradient(to_float(in.grad.values[j]), u, flat), value};
+    if (residual) u += in.residual.value(j);
+    return {activation_gradient(in.grad.value(j), u, flat), value};
   }
 
   __device__ bool stores() const { return true; }

@@ -60,7 +60,7 @@ struct Match {
   };
 
   template <int n>
-  using In = Pack<T, n>;
+  using In = Loaded<T, n>;
   template <int n>
   using Out = Pack<T, n>;
   using Item = float;
@@ -82,12 +82,12 @@ struct Match {
 
   template <int n>
   __device__ In<n> load(int64_t i) const {
-    return cuda::load<n>(x + i);
+    return In<n>::from(x + i);
   }
 
   template <int n>
   __device__ float item(const In<n>& in, int j, const Channel&) const {
-    return to_float(in.values[j]);
+    return in.value(j);
   }
 
   __device__ bool stores() const { return y != nullptr; }
@@ -172,7 +172,7 @@ struct MatchBackward {
 
   template <int n>
   struct In {
-    Pack<T, n> x, grad_y;
+    Loaded<T, n> x, grad_y;
   };
   template <int n>
   using Out = Pack<T, n>;
@@ -186,13 +186,14 @@ struct MatchBackward {
 
   template <int n>
   __device__ In<n> load(int64_t i) const {
-    return {cuda::load<n>(x + i), grad_y ? cuda::load<n>(grad_y + i) : Pack<T, n>{}};
+    using Pack = Loaded<T, n>;
+    return {Pack::from(x + i), grad_y ? Pack::from(grad_y + i) : Pack{}};
   }
 
   template <int n>
   __device__ float item(const In<n>& in, int j, const Channel& channel) const {
-    const float matched = match_gradient_at(to_float(in.x.values[j]), channel.matched);
-    return grad_y ? to_float(in.grad_y.values[j]) * channel.slope + matched : matched;
+    const float matched = match_gradient_at(in.x.value(j), channel.matched);
+    return grad_y ? in.grad_y.value(j) * channel.slope + matched : matched;
   }
 
   __device__ bool stores() const { return true; }

@@ -12,7 +12,8 @@
 #include "channel_walk.h"
 #include "last_block.h"
 #include "launch.h"
-#include "pack.h"
+#include "loaded.h"
+#include "partials.h"
 #include "reduce_ends.h"
 
 namespace adadfq {
@@ -27,19 +28,23 @@ struct ChannelRanges {
   unsigned* counter;
 };
 
-// Packs that a thread has on their way.
-constexpr int kRangeLoads = 4;
+// Packs that a thread has on their way, and blocks that a multiprocessor holds.
+constexpr int kRangeLoads = 4, kRangesResident = 4;
+
+static_assert(std::max(kRowBlocks, kRangesResident * kColumnBlocks * kTileChannels) <=
+                  kMostPartials,
+              "the walk cuts channels into more parts than scratch holds");
 
 // Widens `ends` by those of the elements begin .. end - 1 of x that belong to `channel`.
 template <typename T>
 __device__ __forceinline__ void widen_by(Ends& ends, const T* x, int64_t begin, int64_t end,
-                                         const Rows& rows, int64_t channel) {
+                                         const RowsShape& rows, int64_t channel) {
   for (int64_t i = begin; i < end; ++i)
     if (i / rows.inner % rows.channels == channel) ends.widen(to_float(x[i]));
 }
 
 // For the block that ends last. Several neighbouring threads join the parts of a channel.
-template <typename T, class Walk>
+template <typename T, int n, class Walk>
 __device__ __forceinline__ void finish_ranges(const T* x, const Walk& walk,
                                               const ChannelRanges& ranges) {
   const int all = static_cast<int>(blockDim.x);
@@ -55,7 +60,7 @@ __device__ __forceinline__ void finish_ranges(const T* x, const Walk& walk,
       const Ends* part = ranges.parts + split * walk.channels + channel;
       ends.join({load_shared_result(&part->lo), load_shared_result(&part->hi)});
     }
-    if constexpr (!Walk::kColumns) {
+    if constexpr (!Walk::template kWhole<n>) {
       if (exists && thread == 0) {
         widen_by(ends, x, 0, walk.head, walk, channel);
         widen_by(ends, x, walk.tail, walk.elements, walk, channel);
@@ -95,15 +100,16 @@ __device__ __forceinline__ void column_ends(Ends (&ends)[n], const Columns& colu
 }
 
 template <typename T, int n, class Walk>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kRangesResident)
     channel_ranges_kernel(const T* x, const Walk walk, const ChannelRanges ranges) {
   const typename Walk::template Cursor<n> cursor(walk);
   constexpr int kOwn = Walk::kColumns ? n : 1;
+  constexpr bool kWhole = Walk::template kWhole<n>;
   Ends ends[kOwn];
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) ends[j] = zero_ends();
   for (uint32_t at = cursor.at; at < cursor.end; at += kRangeLoads * cursor.step()) {
-    Pack<T, n> in[kRangeLoads];
+    Loaded<T, n> in[kRangeLoads];
     uint32_t mask[kRangeLoads];
 #pragma unroll
     for (int u = 0; u < kRangeLoads; ++u) {
@@ -111,13 +117,13 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (at + u * cursor.step() >= cursor.end) continue;
       const Place place = cursor.place(at + u * cursor.step());
       mask[u] = place.mask;
-      if (place.mask != 0) in[u] = load<n>(x + place.i);
+      if (place.mask != 0) in[u] = Loaded<T, n>::from(x + place.i);
     }
 #pragma unroll
     for (int u = 0; u < kRangeLoads; ++u)
 #pragma unroll
       for (int j = 0; j < n; ++j)
-        if (mask[u] >> j & 1u) ends[j % kOwn].widen(to_float(in[u].values[j]));
+        if (mask[u] >> (kWhole ? 0 : j) & 1u) ends[j % kOwn].widen(in[u].value(j));
   }
   Ends* parts = ranges.parts + cursor.split * walk.channels + cursor.first_channel();
   if constexpr (Walk::kColumns) {
@@ -130,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     ends[0] = block_ends(ends[0]);
     if (threadIdx.x == 0) *parts = ends[0];
   }
-  if (is_last_block(ranges.counter)) finish_ranges(x, walk, ranges);
+  if (is_last_block(ranges.counter)) finish_ranges<T, n>(x, walk, ranges);
 }
 
 template <typename T, int n, class Walk>
@@ -150,14 +156,16 @@ cudaError_t channel_ranges(const T* x, const Layout& layout, float* scale, int32
   if (const cudaError_t error = block_counter(stream, &ranges.counter); error != cudaSuccess)
     return error;
   if (layout.inner > 1 || layout.channels == 1) {
-    const Rows rows = rows_of<n>(layout, common_phase<T>(x), kRangeLoads);
-    return launch_channel_ranges<T, n>(x, rows, rows.channels * rows.splits, ranges, stream);
+    const RowsShape rows = rows_of<n>(layout, common_phase<T>(x), kRangeLoads);
+    const int64_t blocks = rows.channels * rows.splits;
+    if (rows.whole) return launch_channel_ranges<T, n>(x, WholeRows(rows), blocks, ranges, stream);
+    return launch_channel_ranges<T, n>(x, Rows(rows), blocks, ranges, stream);
   }
   if (aligned(x) && layout.channels % n == 0) {
-    const Columns columns = columns_of<n>(layout, kRangeLoads);
+    const Columns columns = columns_of<n>(layout, kRangeLoads, kRangesResident);
     return launch_channel_ranges<T, n>(x, columns, columns.tiles * columns.splits, ranges, stream);
   }
-  const Columns columns = columns_of<1>(layout, kRangeLoads);
+  const Columns columns = columns_of<1>(layout, kRangeLoads, kRangesResident);
   return launch_channel_ranges<T, 1>(x, columns, columns.tiles * columns.splits, ranges, stream);
 }
 

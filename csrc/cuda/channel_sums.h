@@ -45,6 +45,7 @@
 #include "../common/batch_norm.h"
 #include "channel_walk.h"
 #include "last_block.h"
+#include "loaded.h"
 #include "partials.h"
 
 namespace adadfq {
@@ -60,7 +61,10 @@ struct alignas(16) Totals {
   }
 };
 
-static_assert(std::max(kRowBlocks, kColumnBlocks* kTileChannels) <= kMostPartials,
+// Blocks that a multiprocessor holds at least; more have no registers for what they load.
+constexpr int kSumsResident = 2;
+
+static_assert(std::max(kRowBlocks, kSumsResident * kColumnBlocks * kTileChannels) <= kMostPartials,
               "the walk cuts channels into more parts than scratch holds");
 
 // Where blocks leave their sums: Totals [splits, channels]; one split has the channels' results,
@@ -77,11 +81,9 @@ constexpr int kRunPacks = 64;
 
 // Loads of an Op that a thread has in flight: as many as its registers hold.
 template <int n, class Op>
-constexpr int kChannelLoads = n == 1 || Op::kPacks == 1  ? 4
-                              : n == 8 && Op::kPacks > 2 ? 1
-                                                         : 2;
+constexpr int kChannelLoads = n == 1 || Op::kPacks == 1 ? 4 : 2;
 
-// The block's sum, for thread 0. buffer: one a thread.
+// The block's sum, for thread 0; zeros for others. buffer: one a thread.
 __device__ __forceinline__ Totals block_sum(Totals mine, Totals* buffer) {
   __syncthreads();
   buffer[threadIdx.x] = mine;
@@ -89,7 +91,7 @@ __device__ __forceinline__ Totals block_sum(Totals mine, Totals* buffer) {
     __syncthreads();
     if (threadIdx.x < d) buffer[threadIdx.x].add(buffer[threadIdx.x + d]);
   }
-  return buffer[0];
+  return threadIdx.x == 0 ? buffer[0] : Totals{0.0, 0.0};
 }
 
 __device__ __forceinline__ Totals load_totals(const Totals* from) {
@@ -186,7 +188,7 @@ template <int n, class Op, class Walk>
 struct ChannelPass {
   static constexpr bool kColumns = Walk::kColumns;
   // Whether a pack is stored and summed whole or not at all.
-  static constexpr bool kWhole = kColumns || n == 1;
+  static constexpr bool kWhole = Walk::template kWhole<n>;
   static constexpr int kLoads = kChannelLoads<n, Op>;
   static constexpr int kChannels = kColumns ? n : 1;  // of a thread
 
@@ -277,7 +279,7 @@ struct ChannelRun {
   // The mean of the run's first elements: of a window's, or of those in some rows.
   __device__ __forceinline__ void find_pivot(const Op& op, const typename Pass::Batch& batch,
                                              const typename Op::Channel* channels) {
-    constexpr int kPacks = !Pass::kWhole ? 1 : n == 1 || kLoads < 2 ? kLoads : 2;
+    constexpr int kPacks = n == 1 ? kLoads : !Walk::kColumns ? 1 : kLoads < 2 ? kLoads : 2;
     float found = 0.0f;
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) pivot[k] = 0.0f;
@@ -308,7 +310,7 @@ struct ChannelRun {
 
   // Of a channel.
   static __device__ __forceinline__ int elements(const Place& place) {
-    return Pass::kWhole ? 1 : __popc(place.mask);
+    return Walk::kColumns ? 1 : Pass::kWhole ? n : __popc(place.mask);
   }
 
   // Adds the run to the totals of its channels. Its numbers: from `begin` up to `end`.
@@ -374,7 +376,7 @@ __device__ __forceinline__ void take_element(const Op& op, int64_t i,
 
 // The elements that no window in the tensor has: up to n - 1 at each end.
 template <int n, class Op>
-__device__ __forceinline__ void take_ends(const Op& op, const Rows& rows, int64_t channel,
+__device__ __forceinline__ void take_ends(const Op& op, const RowsShape& rows, int64_t channel,
                                           int64_t split, const typename Op::Channel& params,
                                           bool with_sums, ThreadTotals<false>& totals) {
   for (int side = 0; side < 2; ++side) {
@@ -409,7 +411,7 @@ __device__ __forceinline__ void combine_columns(const Op& op, const Columns& col
 }
 
 template <int n, class Op, class Walk>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kSumsResident)
     channel_kernel(const Op op, const Walk walk, const Partials partials) {
   using Pass = ChannelPass<n, Op, Walk>;
   constexpr int kChannels = Pass::kChannels, kLoads = Pass::kLoads;
@@ -446,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int j = 0; j < n; ++j) items[j] = op.item(batch.in[u], j, channels[Pass::of(j)]);
       if (op.stores()) Pass::store(op, place, items, channels);
       if constexpr (Op::kSums) {
-        if (!with_sums) continue;
+        // Whether they are wanted or not: a branch here costs more than the sums.
         run.count += run.elements(place);
         if (!kWhole && place.mask != kWholePack<n>) {
 #pragma unroll
@@ -509,17 +511,19 @@ cudaError_t channel_pass(const Op& op, const Layout& layout, int phase, double* 
   if (layout.elements() == 0) return cudaSuccess;
   if (layout.inner == 1 && layout.channels > 1) {
     if (phase == 0 && layout.channels % n == 0) {
-      const Columns columns = columns_of<n>(layout, kChannelLoads<n, Op>);
+      const Columns columns = columns_of<n>(layout, kChannelLoads<n, Op>, kSumsResident);
       return launch_channel_pass<n>(op, columns, columns.tiles * columns.splits, scratch, stream);
     }
-    const Columns columns = columns_of<1>(layout, kChannelLoads<1, Op>);
+    const Columns columns = columns_of<1>(layout, kChannelLoads<1, Op>, kSumsResident);
     return launch_channel_pass<1>(op, columns, columns.tiles * columns.splits, scratch, stream);
   }
   if (phase >= 0) {
-    const Rows rows = rows_of<n>(layout, phase, kChannelLoads<n, Op>);
-    return launch_channel_pass<n>(op, rows, rows.channels * rows.splits, scratch, stream);
+    const RowsShape rows = rows_of<n>(layout, phase, kChannelLoads<n, Op>);
+    const int64_t blocks = rows.channels * rows.splits;
+    if (rows.whole) return launch_channel_pass<n>(op, WholeRows(rows), blocks, scratch, stream);
+    return launch_channel_pass<n>(op, Rows(rows), blocks, scratch, stream);
   }
-  const Rows rows = rows_of<1>(layout, 0, kChannelLoads<1, Op>);
+  const Rows rows(rows_of<1>(layout, 0, kChannelLoads<1, Op>));
   return launch_channel_pass<1>(op, rows, rows.channels * rows.splits, scratch, stream);
 }
 

@@ -6,7 +6,8 @@
 // those that overlap a segment, with a mask of the elements that belong to it. So planes of 7 x 7
 // and views that begin anywhere are read 16 bytes at a time too. A window is read whole although
 // its neighbours' elements are other blocks'; only the windows over the tensor's two ends are not,
-// their elements are left to be taken one by one.
+// their elements are left to be taken one by one. Where segments begin and end at such multiples,
+// WholeRows walks the same way and knows it.
 //
 // Columns (inner == 1). A block has up to kTileChannels neighbouring channels and a part of the
 // rows; a thread has n channels of every so many rows.
@@ -29,9 +30,10 @@ namespace cuda {
 
 // Channels of a block of columns: 64 or 128 bytes of a row.
 constexpr int kTileChannels = 32;
-// Blocks that channels are cut for: more than any device holds at once, few enough for the block
-// that combines their sums.
-constexpr int64_t kRowBlocks = 4096, kColumnBlocks = 512;
+// Blocks that channels are cut for, few enough for the block that combines their sums. Of rows more
+// than any device holds at once. Of columns, whose blocks leave sums of many channels, so many for
+// each that a multiprocessor holds: 128 multiprocessors or more have them all at once.
+constexpr int64_t kRowBlocks = 4096, kColumnBlocks = 128;
 // What a thread has to read at least, in batches of loads, before another block takes half of it.
 constexpr int64_t kLeastBatches = 2;
 // Longer segments are cut, so that places in them are 32-bit numbers.
@@ -48,30 +50,50 @@ struct Place {
 template <int n>
 constexpr uint32_t kWholePack = (1u << n) - 1;
 
-struct Rows {
-  static constexpr bool kColumns = false;
+// Keeps the compiler from finding a number anew, from what it was found from, wherever it is used.
+__device__ __forceinline__ int64_t as_found(int64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(value));
+#endif
+  return value;
+}
 
+struct RowsShape {
   int64_t elements;
   int64_t channels;
   int64_t inner;    // of a row of the tensor
   int64_t pieces;   // segments of such a row
   int64_t segment;  // their length; of the last what is left
+  int64_t apart;    // elements from a row to the next of its channel, and what is left of these
+  int64_t between;  // without the row
+  int64_t limit;    // windows that begin below lie in the tensor
   int64_t row;      // windows of a segment, at most
   FastDivide by_row;
   int64_t windows;  // of a channel
   int64_t size;     // windows of a block
   int64_t splits;   // blocks of a channel
   int phase;        // elements between a multiple of 16 bytes and the tensor
-  bool exact;       // all windows are whole
+  bool whole;       // all windows are, and there is one piece
   // The elements before `head` and from `tail` on are in no window that lies in the tensor.
   int64_t head;
   int64_t tail;
   unsigned threads;
+};
+
+// all_whole: RowsShape::whole is true, so that places cost less.
+template <bool all_whole>
+struct RowsWalk : RowsShape {
+  static constexpr bool kColumns = false;
+  // Whether n elements are meant or none of them.
+  template <int n>
+  static constexpr bool kWhole = all_whole || n == 1;
+
+  __host__ __device__ explicit RowsWalk(const RowsShape& shape) : RowsShape(shape) {}
 
   // How a block goes through its part: numbers at, at + step, .. below end.
   template <int n>
   struct Cursor {
-    const Rows& rows;
+    const RowsShape& rows;
     int64_t channel;
     int64_t split;
     int64_t segment;  // of number 0
@@ -79,14 +101,14 @@ struct Rows {
     uint32_t at;
     uint32_t end;
 
-    __device__ __forceinline__ explicit Cursor(const Rows& walk) : rows(walk) {
+    __device__ __forceinline__ explicit Cursor(const RowsShape& walk) : rows(walk) {
       const unsigned channels = static_cast<unsigned>(rows.channels);
       split = blockIdx.x / channels;
       channel = blockIdx.x % channels;
       const int64_t window = split * rows.size;
       segment = window / rows.row;
       const uint32_t lead = static_cast<uint32_t>(window - segment * rows.row);
-      first = (segment * rows.channels + channel) * rows.inner;
+      first = as_found((segment * rows.channels + channel) * rows.inner);
       at = lead + threadIdx.x;
       end = lead + static_cast<uint32_t>(min(rows.size, rows.windows - window));
     }
@@ -95,9 +117,10 @@ struct Rows {
 
     __device__ __forceinline__ Place place(uint32_t number) const {
       const uint32_t by = rows.by_row.quotient(number);
+      if (all_whole)
+        return {first + int64_t{number} * n + int64_t{by} * rows.between, kWholePack<n>};
       const int window = static_cast<int>(number - by * rows.by_row.divisor());
-      int64_t begin = first + int64_t{by} * (rows.channels * rows.inner);
-      int64_t length = rows.inner;
+      int64_t begin = first + int64_t{by} * rows.apart, length = rows.inner;
       if (rows.pieces > 1) {
         const int64_t line = (segment + by) / rows.pieces,
                       within = (segment + by - line * rows.pieces) * rows.segment;
@@ -105,15 +128,13 @@ struct Rows {
         length = min(rows.segment, rows.inner - within);
       }
       if (n == 1) return {begin + window, window < length ? 1u : 0u};
-      if (rows.exact) return {begin + window * n, kWholePack<n>};
       const int lead = static_cast<int>((static_cast<uint32_t>(begin) + rows.phase) % n);
       const int before = window * n - lead;  // elements of the segment
-      const int lo = before < 0 ? -before : 0;
+      const int lo = max(-before, 0);
       const int hi = max(min(static_cast<int>(length) - before, n), 0);
       const int64_t i = begin + before;
-      uint32_t mask = ((1u << hi) - 1) & (~0u << lo);
-      if (i < 0 || i + n > rows.elements) mask = 0;
-      return {i, mask};
+      const bool inside = static_cast<uint64_t>(i) < static_cast<uint64_t>(rows.limit);
+      return {i, inside ? ~(~0u << hi) & (~0u << lo) : 0u};
     }
 
     // The channels that the block has, and of these the j-th of this thread's.
@@ -123,19 +144,25 @@ struct Rows {
   };
 };
 
+using Rows = RowsWalk<false>;
+using WholeRows = RowsWalk<true>;
+
 // phase: see above; any where n is 1. loads: how many windows a thread reads at once.
 template <int n>
-Rows rows_of(const Layout& layout, int phase, int loads) {
-  Rows rows{};
+RowsShape rows_of(const Layout& layout, int phase, int loads) {
+  RowsShape rows{};
   rows.elements = layout.elements();
   rows.channels = layout.channels;
   rows.inner = layout.channels == 1 ? rows.elements : layout.inner;
   rows.segment = std::min(rows.inner, kLongestSegment);
   rows.pieces = (rows.inner + rows.segment - 1) / rows.segment;
+  rows.apart = rows.channels * rows.inner;
+  rows.between = rows.apart - rows.inner;
+  rows.limit = std::max<int64_t>(rows.elements - n + 1, 0);
   rows.phase = n == 1 ? 0 : phase;
   const int64_t apart = std::gcd<int64_t>(rows.inner, n),
                 most_lead = rows.phase % apart + n - apart;
-  rows.exact = rows.inner % n == 0 && rows.phase == 0 && rows.pieces == 1;
+  rows.whole = rows.inner % n == 0 && rows.phase == 0 && rows.pieces == 1;
   rows.row = (rows.segment + most_lead + n - 1) / n;
   rows.by_row = FastDivide(static_cast<uint32_t>(rows.row));
   rows.windows = rows.elements / (rows.channels * rows.inner) * rows.pieces * rows.row;
@@ -154,6 +181,8 @@ Rows rows_of(const Layout& layout, int phase, int loads) {
 
 struct Columns {
   static constexpr bool kColumns = true;
+  template <int n>
+  static constexpr bool kWhole = true;
 
   int64_t channels;
   int64_t outer;
@@ -184,7 +213,7 @@ struct Columns {
       end = 0;
       if (static_cast<int>(at) < columns.lanes && channel < columns.channels)
         end = static_cast<uint32_t>(min(columns.size, columns.outer - row));
-      first = row * columns.channels + channel;
+      first = as_found(row * columns.channels + channel);
     }
 
     __device__ __forceinline__ uint32_t step() const { return columns.lanes; }
@@ -201,8 +230,9 @@ struct Columns {
   };
 };
 
+// resident: blocks that a multiprocessor holds at once, at least.
 template <int n>
-Columns columns_of(const Layout& layout, int loads) {
+Columns columns_of(const Layout& layout, int loads, int resident) {
   Columns columns{};
   columns.channels = layout.channels;
   columns.outer = layout.outer;
@@ -214,7 +244,7 @@ Columns columns_of(const Layout& layout, int loads) {
   columns.lanes = kThreads / columns.width;
   const int64_t batch = int64_t{columns.lanes} * loads,
                 batches = (layout.outer + batch - 1) / batch;
-  const int64_t most = std::max<int64_t>(1, kColumnBlocks / columns.tiles);
+  const int64_t most = std::max<int64_t>(1, resident * kColumnBlocks / columns.tiles);
   const int64_t wanted = std::min(most, (batches + kLeastBatches - 1) / kLeastBatches);
   const int64_t each = std::min((batches + wanted - 1) / wanted, kMostOfBlock / batch);
   columns.size = each * batch;

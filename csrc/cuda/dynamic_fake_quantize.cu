@@ -48,6 +48,8 @@ cudaError_t dynamic_fake_quantize(const DynamicTensor* tensors, int64_t count, d
       cudaError_t error = cudaSuccess;
       if (layout.outer == 1 && layout.inner <= kLongestRow) {
         error = queue.add(*t);
+      } else if (!scratch) {
+        return cudaErrorInvalidValue;
       } else {
         error = channel_ranges(static_cast<const T*>(t->x), layout, t->scale, t->zero_point, bits,
                                scratch, stream);

@@ -14,7 +14,8 @@ namespace cuda {
 
 // `count` tensors of `dtype` in device memory: all the weights of a network in one call. tensors
 // itself is host memory, read before the call returns. scratch: partial_doubles(channels) float64
-// numbers for the tensor of most channels. Queued on `stream` of the current device; never waits.
+// numbers for the tensor of most channels; may be null where all have layout.outer == 1 and
+// layout.inner <= kLongestRow (partials.h). Queued on `stream` of the current device; never waits.
 cudaError_t dynamic_fake_quantize(const DynamicTensor* tensors, int64_t count, double* scratch,
                                   DType dtype, cudaStream_t stream);
 

@@ -31,7 +31,14 @@ struct Forward {
   T* out;
   int32_t qmax;
 
+  using Parameters = QParams;
   using Channel = ChannelQuantizer;
+
+  __device__ Parameters parameters(int64_t c) const { return {scale[c], zero_point[c]}; }
+
+  __device__ Channel channel(const Parameters& from) const {
+    return channel_quantizer(from.scale, from.zero_point, qmax, kToCodes);
+  }
 
   template <int n>
   using In = Pack<T, n>;
@@ -40,10 +47,6 @@ struct Forward {
   struct Out {
     float values[n];
   };
-
-  __device__ Channel channel(int64_t c) const {
-    return channel_quantizer(scale[c], zero_point[c], qmax, kToCodes);
-  }
 
   template <int n>
   __device__ In<n> load(int64_t i) const {
@@ -57,7 +60,7 @@ struct Forward {
 
   template <int n>
   __device__ void store(int64_t i, const Out<n>& values) const {
-    cuda::store(out + i, to_pack<T>(values.values));
+    store_global(out + i, to_pack<T>(values.values));
   }
 };
 
@@ -70,10 +73,19 @@ struct Backward {
   T* out;
   int32_t qmax;
 
+  using Parameters = QParams;
+
   struct Channel {
     ChannelQuantizer quantizer;
     CodeBounds codes;
   };
+
+  __device__ Parameters parameters(int64_t c) const { return {scale[c], zero_point[c]}; }
+
+  __device__ Channel channel(const Parameters& from) const {
+    return {channel_quantizer(from.scale, from.zero_point, qmax, kToNeighbours),
+            code_bounds(from.zero_point, qmax)};
+  }
 
   template <int n>
   struct In {
@@ -82,11 +94,6 @@ struct Backward {
 
   template <int n>
   using Out = Pack<T, n>;
-
-  __device__ Channel channel(int64_t c) const {
-    return {channel_quantizer(scale[c], zero_point[c], qmax, kToNeighbours),
-            code_bounds(zero_point[c], qmax)};
-  }
 
   template <int n>
   __device__ In<n> load(int64_t i) const {
@@ -101,7 +108,7 @@ struct Backward {
 
   template <int n>
   __device__ void store(int64_t i, const Out<n>& values) const {
-    cuda::store(out + i, values);
+    store_global(out + i, values);
   }
 };
 
@@ -113,7 +120,7 @@ cudaError_t fake_quantize(const void* x, const float* scale, const int32_t* zero
     using T = decltype(element);
     const Forward<T> op{static_cast<const T*>(x), scale, zero_point, static_cast<T*>(out),
                         max_code(bits)};
-    return elementwise<kPackOf<T>>(op, layout, aligned(x, out), stream);
+    return elementwise<kPackOf<T>>(op, layout, pack_phase<kPackOf<T>>(op.x, op.out), stream);
   });
 }
 
@@ -128,7 +135,8 @@ cudaError_t fake_quantize_backward(const void* grad, const void* x, const float*
                          zero_point,
                          static_cast<T*>(out),
                          max_code(bits)};
-    return elementwise<kPackOf<T>>(op, layout, aligned(grad, x, out), stream);
+    return elementwise<kPackOf<T>>(op, layout, pack_phase<kPackOf<T>>(op.grad, op.x, op.out),
+                                   stream);
   });
 }
 

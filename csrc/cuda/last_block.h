@@ -5,26 +5,24 @@
 
 #include <cuda_runtime.h>
 
+#include "block_counter.h"
+
 namespace adadfq {
 namespace cuda {
 
-// Where the blocks of a launch on `stream` count how many of them have ended: 0 before and after
-// every launch. Launches that can run at the same time have different ones: those of different
-// streams, and those of a graph being captured, which may be replayed anywhere.
-cudaError_t block_counter(cudaStream_t stream, unsigned** counter);
-
-// Whether this block is the last of the grid; then it sees what all others wrote before. All
-// threads of the block call it, once a launch. Read the others' results with load_shared_result().
+// Whether this block is the last of the grid, which has one dimension; then it sees what all others
+// wrote before. All threads of the block call it, once a launch. Read the others' results with
+// load_shared_result().
 __device__ __forceinline__ bool is_last_block(unsigned* counter) {
   __shared__ bool is_last;
-  __threadfence();
+  // One thread's fences are enough: what the barriers order comes before and after them for all.
   __syncthreads();
-  if (threadIdx.x == 0 && threadIdx.y == 0) {
-    const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
-    is_last = atomicInc(counter, blocks - 1) == blocks - 1;  // goes back to 0
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;  // goes back to 0
+    if (is_last) __threadfence();
   }
   __syncthreads();
-  if (is_last) __threadfence();
   return is_last;
 }
 

@@ -17,6 +17,7 @@
 #include "../common/division.h"
 #include "../common/packing.h"
 #include "dispatch_dtype.h"
+#include "elementwise.h"
 #include "launch.h"
 #include "pack.h"
 
@@ -27,48 +28,80 @@ namespace {
 constexpr int kMostBits = 8;
 // Bytes of a block's groups; a multiple of 16 for every width.
 constexpr int kTileBytes = kThreads * kMostBits;
+// Blocks that a multiprocessor holds, with the 48 registers a thread that the kernels take; those
+// of compute capability 7.5 have threads for four.
+constexpr int kBlocksEach = 4;
 
 struct Arguments {
   const float* scale;
   const int32_t* zero_point;
-  int64_t elements;
-  int64_t channels;
-  int64_t inner;
+  Positions positions;  // of elements
   int64_t bytes;
   int bits;
   bool is_aligned;         // whole groups can be accessed 16 bytes at a time
   bool bytes_are_aligned;  // so can tiles of bytes
 };
 
-// The channel of one element after the other.
-class ChannelOf {
- public:
-  __device__ ChannelOf(const Arguments& a, int64_t i) : a_(a) {
-    if (a.channels == 1) return;
-    if (a.elements <= kLast32Bits) {
-      const uint32_t n = static_cast<uint32_t>(i), inner = static_cast<uint32_t>(a.inner);
-      channel_ = n / inner % static_cast<uint32_t>(a.channels);
-      within_ = n % inner;
-    } else {
-      channel_ = i / a.inner % a.channels;
-      within_ = i % a.inner;
+// Four codes are at most 32 bits: half a group, at whose place shifts are those of one register.
+struct Group {
+  uint32_t halves[2];
+
+  __device__ __forceinline__ Group(const uint32_t (&codes)[kGroup], int bits) {
+    const uint32_t step = 1u << bits, mask = step - 1;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      halves[h] = codes[4 * h + 3] & mask;
+#pragma unroll
+      for (int j = 2; j >= 0; --j) halves[h] = halves[h] * step + (codes[4 * h + j] & mask);
     }
   }
 
-  __device__ int64_t channel() const { return channel_; }
+  __device__ __forceinline__ Group(uint64_t stream, int bits)
+      : halves{static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 4 * bits)} {}
 
-  // Whether the next element has another channel.
-  __device__ bool advance() {
-    if (a_.channels == 1 || ++within_ < a_.inner) return false;
-    within_ = 0;
-    if (++channel_ == a_.channels) channel_ = 0;
-    return true;
+  __device__ __forceinline__ uint64_t stream(int bits) const {
+    return halves[0] | uint64_t{halves[1]} << 4 * bits;
   }
 
- private:
-  const Arguments& a_;
-  int64_t channel_ = 0, within_ = 0;
+  __device__ __forceinline__ uint32_t code(int i, int bits) const {
+    return halves[i / 4] >> i % 4 * bits & ((1u << bits) - 1);
+  }
 };
+
+// A group's bytes in shared memory are accessed by the widest words that they are whole ones of.
+template <class Use>
+__device__ __forceinline__ void with_word(int bits, Use use) {
+  if (bits % 8 == 0)
+    use(uint64_t{});
+  else if (bits % 4 == 0)
+    use(uint32_t{});
+  else if (bits % 2 == 0)
+    use(uint16_t{});
+  else
+    use(uint8_t{});
+}
+
+__device__ __forceinline__ void put_group(uint64_t group, int bits, uint8_t* bytes) {
+  with_word(bits, [&](auto word) {
+    using Word = decltype(word);
+    constexpr int kSize = sizeof(Word);
+#pragma unroll
+    for (int i = 0; i < kMostBits; i += kSize)
+      if (i < bits) *reinterpret_cast<Word*>(bytes + i) = static_cast<Word>(group >> 8 * i);
+  });
+}
+
+__device__ __forceinline__ uint64_t get_group(const uint8_t* bytes, int bits) {
+  uint64_t group = 0;
+  with_word(bits, [&](auto word) {
+    using Word = decltype(word);
+    constexpr int kSize = sizeof(Word);
+#pragma unroll
+    for (int i = 0; i < kMostBits; i += kSize)
+      if (i < bits) group |= uint64_t{*reinterpret_cast<const Word*>(bytes + i)} << 8 * i;
+  });
+  return group;
+}
 
 // Between shared memory and the stream, bytes [0, count) of a tile.
 template <typename From, typename To>
@@ -113,35 +146,74 @@ __device__ void store_group_values(const T (&values)[kGroup], T* out, int count,
   }
 }
 
+// Calls use(j, channel) for the elements of a group, which lies in one channel or in several.
+template <class Use>
+__device__ __forceinline__ void for_each_channel(const Positions& positions, Positions::Place place,
+                                                 Use use) {
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    use(j, place.channel);
+    if (++place.within == positions.inner) {
+      place.within = 0;
+      if (++place.channel == positions.channels) place.channel = 0;
+    }
+  }
+}
+
+struct Quantizer {
+  ChannelQuantizer by;
+  int32_t zero_point;
+
+  template <typename T>
+  __device__ __forceinline__ uint32_t code(T value) const {
+    const float steps = centred_code(to_float(value), by);
+    return static_cast<uint32_t>(steps == steps ? static_cast<int32_t>(steps) + zero_point : 0);
+  }
+};
+
+__device__ __forceinline__ Quantizer quantizer(const Arguments& a, int64_t channel) {
+  const int32_t zero_point = a.zero_point[channel];
+  return {channel_quantizer(a.scale[channel], zero_point, max_code(a.bits), kToCodes), zero_point};
+}
+
+struct Dequantizer {
+  float scale;
+  float lo;
+};
+
+__device__ __forceinline__ Dequantizer dequantizer(const Arguments& a, int64_t channel) {
+  return {a.scale[channel], code_bounds(a.zero_point[channel], 0).lo};
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_pack_kernel(const T* x, uint8_t* packed, const Arguments a) {
   alignas(kPackBytes) __shared__ uint8_t tile[kTileBytes];
-  const int64_t groups = (a.elements + kGroup - 1) / kGroup;
-  const int32_t qmax = max_code(a.bits);
+  const int64_t elements = a.positions.elements, groups = (elements + kGroup - 1) / kGroup;
+  Quantizer known{};
+  int64_t known_channel = -1;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < groups;
        first += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t begin = (first + threadIdx.x) * kGroup;
-    if (begin < a.elements) {
-      const int count = static_cast<int>(min(int64_t{kGroup}, a.elements - begin));
+    if (begin < elements) {
+      const int count = static_cast<int>(min(int64_t{kGroup}, elements - begin));
       T values[kGroup];
       load_group_values(x + begin, count, a.is_aligned, values);
-      ChannelOf channel(a, begin);
-      ChannelQuantizer quantizer = channel_quantizer(
-          a.scale[channel.channel()], a.zero_point[channel.channel()], qmax, kToCodes);
-      int32_t zero_point = a.zero_point[channel.channel()];
-      uint64_t group = 0;
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        const float steps = centred_code(to_float(values[j]), quantizer);
-        const int32_t code = steps == steps ? static_cast<int32_t>(steps) + zero_point : 0;
-        if (j < count) group |= place_code(static_cast<uint32_t>(code), j, a.bits);
-        if (channel.advance()) {
-          zero_point = a.zero_point[channel.channel()];
-          quantizer = channel_quantizer(a.scale[channel.channel()], zero_point, qmax, kToCodes);
+      const Positions::Place place = a.positions.place(begin, a.positions.inner);
+      uint32_t codes[kGroup];
+      if (place.within + kGroup <= a.positions.inner && count == kGroup) {
+        if (place.channel != known_channel) {
+          known = quantizer(a, place.channel);
+          known_channel = place.channel;
         }
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) codes[j] = known.code(values[j]);
+      } else {
+        for_each_channel(a.positions, place, [&](int j, int64_t channel) {
+          codes[j] = j < count ? quantizer(a, channel).code(values[j]) : 0;
+        });
       }
-      store_group(group, a.bits, tile + threadIdx.x * a.bits);
+      put_group(Group(codes, a.bits).stream(a.bits), a.bits, tile + threadIdx.x * a.bits);
     }
     __syncthreads();
     const int64_t base = first * a.bits;
@@ -155,7 +227,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     unpack_dequantize_kernel(const uint8_t* packed, T* out, const Arguments a) {
   alignas(kPackBytes) __shared__ uint8_t tile[kTileBytes];
-  const int64_t groups = (a.elements + kGroup - 1) / kGroup;
+  const int64_t elements = a.positions.elements, groups = (elements + kGroup - 1) / kGroup;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < groups;
        first += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t base = first * a.bits;
@@ -163,21 +235,22 @@ __global__ void __launch_bounds__(kThreads)
     copy_bytes(packed + base, tile, bytes, a.bytes_are_aligned);
     __syncthreads();
     const int64_t begin = (first + threadIdx.x) * kGroup;
-    if (begin < a.elements) {
-      const int count = static_cast<int>(min(int64_t{kGroup}, a.elements - begin));
-      const int here = min(a.bits, bytes - static_cast<int>(threadIdx.x) * a.bits);
-      const uint64_t group = load_group(tile + threadIdx.x * a.bits, here);
-      ChannelOf channel(a, begin);
-      float scale = a.scale[channel.channel()];
-      float lo = code_bounds(a.zero_point[channel.channel()], 0).lo;
+    if (begin < elements) {
+      const int count = static_cast<int>(min(int64_t{kGroup}, elements - begin));
+      // Bytes behind those of the stream hold no code that is stored.
+      const Group group(get_group(tile + threadIdx.x * a.bits, a.bits), a.bits);
+      const Positions::Place place = a.positions.place(begin, a.positions.inner);
       T values[kGroup];
+      const auto value = [&](int j, const Dequantizer& by) {
+        values[j] = from_float<T>(value_from_code(group.code(j, a.bits), by.scale, by.lo));
+      };
+      if (place.within + kGroup <= a.positions.inner) {
+        const Dequantizer by = dequantizer(a, place.channel);
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        values[j] = from_float<T>(value_from_code(code_at(group, j, a.bits), scale, lo));
-        if (channel.advance()) {
-          scale = a.scale[channel.channel()];
-          lo = code_bounds(a.zero_point[channel.channel()], 0).lo;
-        }
+        for (int j = 0; j < kGroup; ++j) value(j, by);
+      } else {
+        for_each_channel(a.positions, place,
+                         [&](int j, int64_t channel) { value(j, dequantizer(a, channel)); });
       }
       store_group_values(values, out + begin, count, a.is_aligned);
     }
@@ -188,16 +261,22 @@ __global__ void __launch_bounds__(kThreads)
 Arguments arguments(const float* scale, const int32_t* zero_point, const void* x,
                     const uint8_t* packed, const Layout& layout, int bits) {
   const int64_t elements = layout.elements();
-  return {scale,          zero_point,
-          elements,       layout.channels,
-          layout.inner,   packed_bytes(elements, bits),
-          bits,           aligned(x),
-          aligned(packed)};
+  // One channel is one row.
+  const int64_t inner = layout.channels == 1 ? elements : layout.inner;
+  Positions positions{elements, layout.channels, inner, FastDivide(), FastDivide(), false};
+  if (elements <= kLast32Bits) {
+    positions.by_inner = FastDivide(static_cast<uint32_t>(inner));
+    positions.by_channels = FastDivide(static_cast<uint32_t>(layout.channels));
+    positions.fits_32_bits = true;
+  }
+  return {scale, zero_point, positions,      packed_bytes(elements, bits),
+          bits,  aligned(x), aligned(packed)};
 }
 
 dim3 grid(const Arguments& a) {
-  const int64_t groups = (a.elements + kGroup - 1) / kGroup;
-  return dim3(static_cast<unsigned>(persistent_blocks((groups + kThreads - 1) / kThreads, 8)));
+  const int64_t groups = (a.positions.elements + kGroup - 1) / kGroup;
+  const int64_t blocks = (groups + kThreads - 1) / kThreads;
+  return dim3(static_cast<unsigned>(persistent_blocks(blocks, kBlocksEach)));
 }
 
 }  // namespace

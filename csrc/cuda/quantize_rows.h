@@ -12,13 +12,12 @@
 #include "../common/dynamic_tensor.h"
 #include "launch.h"
 #include "pack.h"
+#include "partials.h"
 #include "reduce_ends.h"
 
 namespace adadfq {
 namespace cuda {
 
-// Longer rows have too few blocks to read them, which would read them twice besides.
-constexpr int64_t kLongestRow = 1 << 16;
 // More are several tensors: a launch has fewer blocks than 2^31.
 constexpr int64_t kMostRows = std::clamp<int64_t>(kLast32Bits, 64, 1 << 30);
 

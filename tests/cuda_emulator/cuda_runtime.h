@@ -22,6 +22,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 
 using std::max;
 using std::min;
@@ -33,16 +34,13 @@ using std::min;
 #define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
-// A block has an OS thread to itself while it runs, or runs after others of that thread have ended.
+// A block has an OS thread to itself while it runs, or runs after others of that thread have ended;
+// it begins with all bytes 0xff, NaNs and huge numbers.
 #define __shared__ static thread_local
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
-struct uint2 {
-  unsigned x, y;
 };
 
 struct alignas(16) uint4 {
@@ -51,10 +49,6 @@ struct alignas(16) uint4 {
 
 struct alignas(16) double2 {
   double x, y;
-};
-
-struct alignas(16) float4 {
-  float x, y, z, w;
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -68,6 +62,7 @@ enum cudaError_t {
 using cudaStream_t = struct EmulatedStream*;
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
 
@@ -99,14 +94,35 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    default:
+      return "cudaErrorCooperativeLaunchTooLarge";
+  }
+}
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
                                             unsigned long long* id = nullptr) {
   *status = cudaStreamCaptureStatusNone;
   if (id) *id = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  static thread_local cudaStreamCaptureMode now = cudaStreamCaptureModeGlobal;
+  std::swap(now, *mode);
+  return cudaSuccess;
+}
+
+// Handles are not reused here.
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  *id = reinterpret_cast<uintptr_t>(stream);
   return cudaSuccess;
 }
 
@@ -236,40 +252,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return emulator::shuffle(mask, value, emulator::lane() + delta, width);
 }
 
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-  return emulator::shuffle(mask, value, emulator::lane() / width * width + source % width, width);
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const unsigned char* values = emulator::exchange(mask, &predicate, sizeof predicate);
-  unsigned found = 0;
-  for (unsigned i = 0; i < 32; ++i)
-    if ((mask >> i & 1u) && emulator::from_lane<int>(values, i)) found |= 1u << i;
-  return found;
-}
-
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) == mask;
-}
-
-inline int __syncthreads_or(int predicate) {
-  static thread_local int any;
-  __syncthreads();
-  any = 0;
-  __syncthreads();
-  any |= predicate != 0;
-  __syncthreads();
-  return any;
-}
-
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
-}
 
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   unsigned old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
@@ -281,15 +264,8 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
-inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t{a} * b) >> 32; }
-
 template <typename T>
 T __ldcg(const T* address) {
-  return *address;
-}
-
-template <typename T>
-T __ldg(const T* address) {
   return *address;
 }
 

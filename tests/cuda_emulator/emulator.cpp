@@ -21,7 +21,26 @@ __thread Index threadIdx, blockIdx, blockDim, gridDim;
 #endif
 
 namespace emulator {
+
+// Of this OS thread and of all kernels: in files of their own, which are linked before and behind
+// those of the kernels. Weak: a module linked without them has no poisoned memory.
+__attribute__((weak)) unsigned char* begin_of_shared_memory();
+__attribute__((weak)) unsigned char* end_of_shared_memory();
+
 namespace {
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulator: %s\n", what);
+  std::abort();
+}
+
+// What a block reads before it has written it are NaNs and huge numbers.
+void poison_shared_memory() {
+  if (!begin_of_shared_memory || !end_of_shared_memory) return;
+  unsigned char *begin = begin_of_shared_memory(), *end = end_of_shared_memory();
+  if (end < begin) fail("the kernels are not linked between the marks of shared memory");
+  std::memset(begin, 0xff, end - begin);
+}
 
 // Tells AddressSanitizer which stack is in use.
 struct Stack {
@@ -84,11 +103,6 @@ struct Grid {
     }
   }
 };
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "CUDA emulator: %s\n", what);
-  std::abort();
-}
 
 // What an OS thread keeps from block to block: stacks are not made anew for each.
 struct Worker {
@@ -187,6 +201,7 @@ struct Worker {
 
   void run_block(uint64_t block, const Shape& shape, bool descending) {
     const dim3 grid = shape.grid, threads = shape.block;
+    poison_shared_memory();
     gridDim = {grid.x, grid.y, grid.z};
     blockDim = {threads.x, threads.y, threads.z};
     blockIdx = {static_cast<unsigned>(block % grid.x),
