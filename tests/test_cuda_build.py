@@ -18,6 +18,7 @@ from building import ROOT, copy_sources, load_setup, unavailable
 
 from adadfq.errors import InvalidInputError
 from benchmarks.resources import find_cuobjdump, resources
+from benchmarks.resources import kernels as all_kernels
 
 ARCHS = ["80", "90"]
 #: What CUDA says on a machine without a driver, and without a device.
@@ -129,6 +130,31 @@ def test_nothing_spills(built: Build) -> None:
     assert {row["source"] for row in rows} <= files  # also those of headers
     assert [row for row in rows if row["stack_bytes"] or row["local_bytes"]] == []
     assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+def test_packs_are_loaded_and_stored_16_bytes_at_a_time(built: Build) -> None:
+    """In the machine's instructions, by the kernels whose template arguments say that they take packs."""
+    try:
+        cuobjdump = find_cuobjdump()
+    except InvalidInputError as error:
+        unavailable(str(error))
+    command = [str(cuobjdump), "-sass", "-arch", f"sm_{ARCHS[-1]}", str(built.module)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    bodies = dict(zip(*[iter(re.split(r"Function : (\S+)", listing)[1:])] * 2, strict=True))
+    seen = set()
+    for kernel in all_kernels(built.module, cuobjdump):
+        # Walk or tensors a pass, and elements of a pack.
+        numbers = re.findall(r"(?<![\w>])(\d+)(?=[,>]|$)", re.sub(r"\([^)]*\)\d+", "", kernel.variant))
+        takes_packs = kernel.name in ("elementwise_kernel", "channel_kernel", "channel_ranges_kernel")
+        if kernel.arch != f"sm_{ARCHS[-1]}" or not takes_packs or numbers[:1] not in (["4"], ["8"]):
+            continue
+        seen.add(kernel.name)
+        body = bodies[kernel.mangled]
+        assert re.search(r"\bLDG\.E\S*\.128", body), (kernel.name, kernel.variant)
+        # Codes are narrower than what they are made of, and ranges store none.
+        if kernel.name != "channel_ranges_kernel" and "unsigned char" not in kernel.variant:
+            assert re.search(r"\bSTG\.E\S*\.128", body), (kernel.name, kernel.variant)
+    assert seen == {"elementwise_kernel", "channel_kernel", "channel_ranges_kernel"}
 
 
 def kernels(root: Path) -> set[str]:

@@ -28,8 +28,7 @@ namespace {
 constexpr int kMostBits = 8;
 // Bytes of a block's groups; a multiple of 16 for every width.
 constexpr int kTileBytes = kThreads * kMostBits;
-// Blocks that a multiprocessor holds, with the 48 registers a thread that the kernels take; those
-// of compute capability 7.5 have threads for four.
+// Blocks that a multiprocessor is to hold; with more the compiler spills.
 constexpr int kBlocksEach = 4;
 
 struct Arguments {
@@ -186,7 +185,7 @@ __device__ __forceinline__ Dequantizer dequantizer(const Arguments& a, int64_t c
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksEach)
     quantize_pack_kernel(const T* x, uint8_t* packed, const Arguments a) {
   alignas(kPackBytes) __shared__ uint8_t tile[kTileBytes];
   const int64_t elements = a.positions.elements, groups = (elements + kGroup - 1) / kGroup;
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksEach)
     unpack_dequantize_kernel(const uint8_t* packed, T* out, const Arguments a) {
   alignas(kPackBytes) __shared__ uint8_t tile[kTileBytes];
   const int64_t elements = a.positions.elements, groups = (elements + kGroup - 1) / kGroup;
