@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,15 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("ADADFQ_TEST_REQUIRE_CUDA") == "1":
         pytest.fail(f"{reason}, and ADADFQ_TEST_REQUIRE_CUDA=1 asks for it", pytrace=False)
     pytest.skip(reason, allow_module_level=True)
+
+
+def require_recording() -> None:
+    """:func:`unavailable` where launches of the CUDA backend cannot be recorded."""
+    if importlib.util.find_spec("pybind11") is None:
+        unavailable("pybind11 is needed to compile the launchers")
+    for tool in (shlex.split(os.environ.get("CXX", "c++"))[-1], "nm", "c++filt"):
+        if shutil.which(tool) is None:
+            unavailable(f"no {tool}")
 
 
 def load_setup(root: Path = ROOT) -> ModuleType:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from building import require_recording
 from native import NATIVE
 
 import adadfq
@@ -39,6 +40,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     assert dispatch.BACKENDS[name].why_unavailable() is None
     with adadfq.use_backend(name):
         yield name
+
+
+@pytest.fixture(scope="session")
+def can_record() -> None:
+    """Launches of the CUDA backend can be recorded (benchmarks/predict_cuda.py)."""
+    require_recording()
 
 
 @pytest.fixture(scope="session")

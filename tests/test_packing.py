@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from math import prod
 from types import ModuleType
 
 import oracle
@@ -184,6 +185,15 @@ def test_packing_any_tensor(module: ModuleType, data: st.DataObject) -> None:
     zeros = along(zero_point, len(shape), axis).to(scale.dtype)
     from_nan = ((0 - zeros) * along(scale, len(shape), axis)).to(dtype).expand(x.shape)
     assert_same_bits(got, torch.where(want.isnan(), from_nan, want))
+
+
+@each_module
+@pytest.mark.parametrize("shape", [(1, 2, 0, 1), (0,), (2, 0, 3), (3, 1, 4), ()], ids=str)
+def test_unpacked_tensors_have_the_strides_of_new_ones(module: ModuleType, shape: tuple[int, ...]) -> None:
+    scale, zero_point = _quantizer(1, 3)
+    packed = torch.zeros(reference.packed_bytes(prod(shape), 3), dtype=torch.uint8)
+    got = module.KERNELS["unpack_dequantize"](packed, scale, zero_point, 3, list(shape), None, torch.float32)
+    assert got.stride() == torch.empty(shape).stride()
 
 
 @each_module_and_dtype

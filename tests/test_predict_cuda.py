@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -14,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from building import ROOT, load_setup, unavailable
+from building import ROOT, load_setup, require_recording, unavailable
 from click.testing import CliRunner, Result
 
 from adadfq.errors import InvalidInputError
@@ -118,21 +117,7 @@ def test_a_round_is_the_busiest_way_without_what_is_rare() -> None:
 # ----------------------------------------------------------------------------------------------- recorded launches
 
 
-def missing() -> str | None:
-    """Why launches cannot be recorded here."""
-    if importlib.util.find_spec("pybind11") is None:
-        return "pybind11 is needed to compile the launchers"
-    tools = (os.environ.get("CXX", "c++"), "nm", "c++filt")
-    return next((f"no {tool}" for tool in tools if shutil.which(tool) is None), None)
-
-
-@pytest.fixture
-def recording() -> None:
-    if reason := missing():
-        unavailable(reason)
-
-
-recorded = pytest.mark.usefixtures("recording")
+recorded = pytest.mark.usefixtures("can_record")
 CASES = predict.chosen()
 
 
@@ -190,8 +175,7 @@ def test_recording_ends() -> None:
 @pytest.fixture(scope="session")
 def compile_cuda() -> Callable[[Path, Path, str], Path]:
     """Compiles a source for an architecture, as setup.py would; skips without nvcc or cuobjdump."""
-    if (reason := missing()) is not None:
-        unavailable(reason)
+    require_recording()
     setup_py = load_setup()
     if (nvcc := setup_py.find_nvcc(os.environ)) is None:
         unavailable("no nvcc")

@@ -269,7 +269,9 @@ def unpack_dequantize(
     stream = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     in_codes = stream.reshape(-1)[: math.prod(shape) * bits].view(-1, bits)
     codes = (in_codes << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(1, dtype=torch.uint8)
-    return ((codes.view(shape).to(scale.dtype) - zero_point) * scale).to(dtype)
+    # Into a new tensor: an empty one would keep the strides of arithmetic.
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    return out.copy_((codes.view(shape).to(scale.dtype) - zero_point) * scale)
 
 
 def affine_act_fake_quantize_backward(
