@@ -15,7 +15,7 @@ from torch import Tensor
 
 import adadfq
 from adadfq import functional as F
-from adadfq.ops import cpu, cuda, dispatch, gpu, native_args
+from adadfq.ops import cpu, cuda, dispatch, native_args, operators
 from adadfq.ops.schema import OPERATORS
 
 LAYOUT = "outer channels inner"
@@ -130,7 +130,7 @@ def test_layouts(native: StandIn, op: str) -> None:
         name, given = native.calls[-1]
         if "outer" in given:
             # The stream of packed codes has its order whatever the strides.
-            rows = not channels_last or op in gpu.PACKING
+            rows = not channels_last or op in operators.PACKING
             expected = {"outer": 3, "inner": 63} if rows else {"outer": 3 * 63, "inner": 1}
             _check(native, name, {}, channels=5, **expected)
 
@@ -296,7 +296,7 @@ def test_the_stream_is_that_of_the_tensors_device(current: int, monkeypatch: pyt
     monkeypatch.setattr(cuda, "_load", lambda: (module, None))
     for first in ([("warm up", 1)], []):
         seen.clear()
-        cuda._call("op", "function", OnDevice(index=1), 5)
+        cuda.call("op", "function", OnDevice(index=1), 5)
         launched = [*first, (5, 0, 1, 1001)]
         assert seen == (launched if current == 1 else [("enter", 1), *launched, ("exit", 1)])
 
@@ -317,6 +317,6 @@ def test_both_backends_have_every_operator() -> None:
     """All of the schema; packed codes, which only checkpoints have, have no Triton kernel."""
     assert set(cuda.KERNELS) == set(OPERATORS)
     assert set(OPERATORS) - {"quantize_pack", "unpack_dequantize"} == set(dispatch.BACKENDS["triton"].KERNELS)
-    assert set(gpu.OPERATORS) | set(gpu.PACKING) == set(OPERATORS)
+    assert set(operators.OPERATORS) | set(operators.PACKING) == set(OPERATORS)
     for name in ("cuda", "triton"):
         assert all(callable(kernel) for kernel in dispatch.BACKENDS[name].KERNELS.values())

@@ -17,7 +17,7 @@ import adadfq
 from adadfq import info
 from adadfq.cli import main as cli
 from adadfq.errors import BackendError, InvalidInputError
-from adadfq.ops import cuda, dispatch, gpu, routes, triton
+from adadfq.ops import cuda, dispatch, operators, routes, triton
 from adadfq.ops.schema import OPERATORS
 from benchmarks import routes as making
 from benchmarks import store
@@ -371,7 +371,11 @@ def test_operators_of_rows() -> None:
     for case in registry():
         row = {"op": case.op, "variant": case.variant, "pass": case.pass_}
         found[case.op, "clip" if case.variant.endswith("_clip") else "", case.pass_] = making.operators(row)
-    assert {ops[0] for ops in found.values() if len(ops) == 1} == {*gpu.OPERATORS, *gpu.PACKING} == set(OPERATORS)
+    assert (
+        {ops[0] for ops in found.values() if len(ops) == 1}
+        == {*operators.OPERATORS, *operators.PACKING}
+        == set(OPERATORS)
+    )
     affine = "affine_act_fake_quantize"
     assert found[affine, "", "both"] == (affine, f"{affine}_backward")
     assert found["fake_quantize", "clip", "both"] == ("fake_quantize", "fake_quantize_backward")

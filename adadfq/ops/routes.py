@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from adadfq.errors import BackendError
-from adadfq.ops import gpu, native_args
+from adadfq.ops import native_args, operators
 
 FORMAT = "adadfq-routes"
 VERSION = 1
@@ -41,7 +41,7 @@ MEDIUM, LARGE = 2**16, 2**22
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in native_args.DTYPES}
 _KNOWN: dict[str, tuple[str, ...]] = {
-    "op": gpu.OPERATORS,
+    "op": operators.OPERATORS,
     "backend": BACKENDS,
     "dtype": tuple(sorted(_DTYPES)),
     "size": SIZES,

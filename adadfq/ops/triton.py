@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adadfq.ops import gpu, native_args
+from adadfq.ops import native_args, operators
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,16 +63,13 @@ def _kernels(family: str) -> ModuleType:
 
 
 def launch(op: str, launcher: str, x: Tensor, *arguments: Any) -> None:
-    """See :class:`adadfq.ops.gpu.Backend`. Triton launches on the current device's current stream."""
-    with gpu.device_guard(x):
+    """See :class:`adadfq.ops.operators.Backend`. Triton launches on the current device's current stream."""
+    with operators.device_guard(x):
         getattr(_kernels(_FAMILIES[launcher]), launcher)(*arguments)
 
 
-KERNELS = gpu.kernels(sys.modules[__name__])  # type: ignore[arg-type]
+KERNELS = operators.kernels(sys.modules[__name__])  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    """Operators are attributes of the module too, as other backends' are."""
-    if name in KERNELS:
-        return KERNELS[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return operators.attribute(__name__, KERNELS, name)

@@ -1,4 +1,4 @@
-"""The operators of both GPU backends: arguments checked, results allocated, one launcher called.
+"""The operators of every backend with kernels: arguments checked, results allocated, one launcher called.
 
 A launcher writes to tensors it is given; its arguments are those of the function of its name in :mod:`adadfq.kernels`,
 whose docstring says what they are (those of packing end with layout and bits). A backend (:class:`Backend`) is how
@@ -17,7 +17,7 @@ from torch import Tensor
 from adadfq.errors import InvalidInputError
 from adadfq.ops import native_args, reference
 
-#: The operators of this module whose launchers both backends have, and those that need more.
+#: The operators of this module whose launchers all backends have, and those that Triton's has not.
 OPERATORS = (
     "fake_quantize",
     "fake_quantize_",
@@ -44,7 +44,7 @@ class Backend(Protocol):
     DEVICE_TYPE: str
     """Of the tensors it takes."""
     INTERPRETED: bool
-    """Whether kernels run on the host: then looking at values waits for nothing."""
+    """Whether a GPU's kernels run on the host: then looking at values waits for nothing."""
 
     def launch(self, op: str, launcher: str, x: Tensor, *arguments: Any) -> None:
         """Queue `launcher` on the current stream of the device of `x`, the main tensor.
@@ -68,6 +68,13 @@ def kernels(backend: Backend, names: tuple[str, ...] = OPERATORS) -> dict[str, C
     """Operator name -> its implementation over the launchers of `backend`."""
     operators = _Operators(backend)
     return {name: getattr(operators, name) for name in names}
+
+
+def attribute(module: str, kernels: dict[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
+    """For a backend's ``__getattr__``: operators are attributes of the module too, as the reference's are."""
+    if name in kernels:
+        return kernels[name]
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 class _Operators:
