@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from adadfq.errors import BackendError as BackendError
     from adadfq.errors import CheckpointError as CheckpointError
     from adadfq.errors import InvalidInputError as InvalidInputError
+    from adadfq.fusion import fuse as fuse
+    from adadfq.fusion import unfuse as unfuse
     from adadfq.models.build import build_model as build_model
     from adadfq.nn import QuantAct as QuantAct
     from adadfq.nn import QuantConv2d as QuantConv2d
@@ -40,9 +42,11 @@ _PUBLIC: dict[str, str | None] = {
     "Trainer": "adadfq.trainer",
     "build_model": "adadfq.models.build",
     "functional": None,
+    "fuse": "adadfq.fusion",
     "load": "adadfq.result",
     "quantize": "adadfq.convert",
     "report": "adadfq.convert",
+    "unfuse": "adadfq.fusion",
     "use_backend": "adadfq.ops.dispatch",
 }
 

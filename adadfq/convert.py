@@ -18,7 +18,16 @@ from adadfq.models.build import model_spec
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight, activations
 from adadfq.reporting import Report, ReportRow
 
-__all__ = ["QuantInfo", "is_as_quantized", "module_bits", "quantize", "quantized_info", "report", "set_module_bits"]
+__all__ = [
+    "QuantInfo",
+    "is_as_quantized",
+    "module_bits",
+    "quantize",
+    "quantized_info",
+    "report",
+    "set_module_bits",
+    "trace",
+]
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _QUANTIZED = (QuantConv2d, QuantLinear, QuantWeight, QuantAct)
@@ -109,7 +118,7 @@ def quantize(model: nn.Module, weight_bits: int = 4, act_bits: int = 4) -> nn.Mo
     training = model.training
     float_copy = copy.deepcopy(model).eval()
     try:
-        graph = _Tracer().trace(float_copy)
+        graph = trace(float_copy)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         warnings.warn(
@@ -264,13 +273,25 @@ def _float_row(path: str, module: nn.Module) -> ReportRow | None:
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing that records, for every call, the module it is made in."""
+    """Symbolic tracing that records, for every call, the module it is made in; quantising modules stay whole."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _QUANTIZED) or super().is_leaf_module(module, name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         stack = list(getattr(self, "module_stack", {}).values())
         node.meta["adadfq_caller"] = str(stack[-1][0]) if stack else ""
         return node
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The calls that `model` makes, a graph of its own; raises whatever the model's code does on symbolic values."""
+    if not isinstance(model, fx.GraphModule):
+        return _Tracer().trace(model)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(model.graph, {}))
+    return graph
 
 
 def _location(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 Per step the networks run: the teacher forward once, the student forward once, one backward through both to the images
 (L_G, no weight gradients of either), and one backward through the student to its weights (L_Q, not to the images).
+Nothing in a step waits for the device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from adadfq import functional
 from adadfq.errors import InvalidInputError
+from adadfq.fused_layers import BatchNormWatch
 from adadfq.recipe import Recipe
 
 __all__ = ["METRICS", "BatchNormMatch", "Game"]
@@ -37,7 +39,7 @@ class BatchNormMatch:
     """Sums the BatchNorm-statistics loss over the layers of a teacher during its forward (paper, L_BNS).
 
     Args:
-        teacher: network with BatchNorm layers that keep running statistics.
+        teacher: network with BatchNorm layers that keep running statistics; fused (:func:`adadfq.fuse`) or not.
 
     Raises:
         InvalidInputError: it has none.
@@ -54,6 +56,7 @@ class BatchNormMatch:
                 f"the teacher ({type(teacher).__name__}) has no BatchNorm layer with running statistics; data-free "
                 "training draws its images from them (were they folded into the convolutions? use the unfolded model)"
             )
+        self.watches = [module for module in teacher.modules() if isinstance(module, BatchNormWatch)]
         self._losses: list[Tensor] = []
 
     def _hook(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -64,10 +67,15 @@ class BatchNormMatch:
     def watching(self) -> Iterator[None]:
         """Collect the losses of the forwards run inside the block."""
         self._losses = []
+        # Of a fused network they fire for the layers that stayed as they were.
         handles = [layer.register_forward_pre_hook(self._hook, with_kwargs=True) for layer in self.layers]
+        for watch in self.watches:
+            watch.losses = self._losses
         try:
             yield
         finally:
+            for watch in self.watches:
+                watch.losses = None
             for handle in handles:
                 handle.remove()
 
@@ -87,10 +95,11 @@ class Game:
     """The players, their losses and one step.
 
     Args:
-        teacher: frozen network in eval mode (no parameter requires a gradient).
-        student: quantised network in eval mode; its parameters require gradients.
+        teacher: frozen network in eval mode (no parameter requires a gradient), fused (:func:`adadfq.fuse`) or not.
+        student: quantised network in eval mode, fused or not; its parameters require gradients.
         generator: in train mode; ``forward(noise, labels)`` gives images.
-        recipe: weights and bounds of the losses.
+        recipe: weights and bounds of the losses, and the precision: with "bfloat16" the networks run under autocast;
+            parameters, statistics, ranges and losses stay as they are.
         optimizer_generator: over the generator's parameters.
         optimizer_student: over the student's parameters.
 
@@ -113,6 +122,8 @@ class Game:
         self.bn_match = BatchNormMatch(teacher)
         self.generator_parameters = [p for p in generator.parameters() if p.requires_grad]
         self.student_parameters = [p for p in student.parameters() if p.requires_grad]
+        self.device_type = self.generator_parameters[0].device.type
+        self.autocast = recipe.precision == "bfloat16"
 
     def step(self, noise: Tensor, labels: Tensor, train_student: bool) -> Tensor:
         """Play one step: update the generator and, if `train_student`, the student.
@@ -128,13 +139,14 @@ class Game:
             The metrics named by :data:`METRICS`, float32 [len(METRICS)], on the device.
         """
         recipe = self.recipe
-        images = self.generator(noise, labels)
-        with self.bn_match.watching():
-            teacher_logits = self.teacher(images)
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
+            images = self.generator(noise, labels).contiguous(memory_format=torch.channels_last)
+            with self.bn_match.watching():
+                teacher_logits = self.teacher(images)
+            # No gradient path into the student's weights while they do not train.
+            with _requires_grad(self.student_parameters, train_student):
+                student_logits = self.student(images)
         loss_bns = self.bn_match.loss()
-        # No gradient path into the student's weights while they do not train.
-        with _requires_grad(self.student_parameters, train_student):
-            student_logits = self.student(images)
 
         logits_loss = functional.margin_loss(
             teacher_logits,
@@ -188,4 +200,7 @@ def _requires_grad(parameters: list[nn.Parameter], enabled: bool) -> Iterator[No
 def _set_gradients(parameters: list[nn.Parameter], loss: Tensor, keep_graph: bool) -> None:
     gradients = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and gradient.stride() != parameter.stride():
+            # Fused optimizers walk both by address.
+            gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient

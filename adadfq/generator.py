@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, leaky_relu
+from torch.nn.functional import conv_transpose2d, leaky_relu
 
 from adadfq import checks
 from adadfq.errors import InvalidInputError
@@ -54,6 +55,33 @@ class _Norm(nn.BatchNorm2d):
         return super().forward(input)
 
 
+class UpsampledConv2d(nn.Conv2d):
+    """Nearest upsampling by 2, then a 3x3 convolution with padding 1, without the upsampled tensor.
+
+    An output pixel sees a 2x2 patch of the small map: which of the 3x3 weights fall on the same pixel, and are summed,
+    depends on whether its row and column are even or odd. Those four 2x2 convolutions, interleaved, are one transposed
+    convolution with a 4x4 kernel and stride 2: 16 multiplications for every 36 of the usual way, the same function.
+    Parameters are those of the 3x3 convolution.
+
+    Shape: input [N, C_in, H, W] -> [N, C_out, 2 H, 2 W].
+    """
+
+    #: Row r: which rows of the 3x3 kernel row r of the 4x4 kernel sums.
+    _SUMS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        sums = torch.tensor(self._SUMS)
+        self.register_buffer("_sums", torch.kron(sums, sums).T.contiguous(), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        with torch.autocast(weight.device.type, enabled=False):  # sums of weights are not rounded before they are used
+            kernel = weight.permute(1, 0, 2, 3).reshape(-1, 9) @ self._sums
+        kernel = kernel.view(self.in_channels, self.out_channels, 4, 4)
+        return conv_transpose2d(input, kernel, self.bias, stride=2, padding=1)
+
+
 class _Generator(nn.Module):
     """What both share; `norm` makes an inner norm from (num_features, eps), called with (input, labels)."""
 
@@ -69,18 +97,18 @@ class _Generator(nn.Module):
         self.start_size = image_size // 4
         self.project = nn.Linear(latent_dim, 128 * self.start_size**2)
         self.norm1 = norm(128, FIRST_EPS)
-        self.conv2 = nn.Conv2d(128, 128, 3, padding=1)
+        self.conv2 = UpsampledConv2d(128, 128)
         self.norm2 = norm(128, INNER_EPS)
-        self.conv3 = nn.Conv2d(128, 64, 3, padding=1)
+        self.conv3 = UpsampledConv2d(128, 64)
         self.norm3 = norm(64, INNER_EPS)
         self.to_image = nn.Conv2d(64, channels, 3, padding=1)
         self.image_norm = nn.BatchNorm2d(channels, affine=False)
 
     def _images(self, latent: Tensor, labels: Tensor) -> Tensor:
         x = self.project(latent).reshape(-1, 128, self.start_size, self.start_size)
-        x = interpolate(self.norm1(x, labels), scale_factor=2)
-        x = interpolate(leaky_relu(self.norm2(self.conv2(x), labels), 0.2), scale_factor=2)
-        x = leaky_relu(self.norm3(self.conv3(x), labels), 0.2)
+        x = self.norm1(x.contiguous(memory_format=torch.channels_last), labels)
+        x = leaky_relu(self.norm2(self.conv2(x), labels), 0.2, inplace=True)
+        x = leaky_relu(self.norm3(self.conv3(x), labels), 0.2, inplace=True)
         return self.image_norm(self.to_image(x).tanh())
 
 

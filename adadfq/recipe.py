@@ -14,6 +14,7 @@ from adadfq.errors import InvalidInputError
 __all__ = ["Recipe"]
 
 GENERATORS = ("label_embedding", "conditional_bn")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def _setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -47,6 +48,11 @@ class Recipe:
     epochs: int = _setting(400, "epochs to train")
     steps_per_epoch: int = _setting(200, "steps in an epoch")
     batch_size: int = _setting(16, "generated images in a step [B]")
+    precision: str = _setting(
+        "float32",
+        "of the networks' arithmetic; bfloat16: autocast, with parameters, statistics, ranges and losses in float32",
+        choices=PRECISIONS,
+    )
     warmup_epochs: int = _setting(4, "epochs before the student starts to train; only the generator trains in them")
     calibration_epochs: int = _setting(4, "epochs in which activation ranges move; frozen after")
 
@@ -108,6 +114,8 @@ class Recipe:
             raise InvalidInputError(f"image_size must be a positive multiple of 4, got {self.image_size}")
         if self.generator not in GENERATORS:
             raise InvalidInputError(f"generator must be one of {', '.join(GENERATORS)}, got {self.generator!r}")
+        if self.precision not in PRECISIONS:
+            raise InvalidInputError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.temperature <= 0:
             raise InvalidInputError(f"temperature must be positive, got {self.temperature!r}")
         if not 0 <= self.momentum < 1 or (self.nesterov and self.momentum == 0):

@@ -11,20 +11,23 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adadfq import files
+from adadfq.capture import CapturedStep
 from adadfq.checkpoint import fitted, load_weights, read_state_dict, write_state_dict
 from adadfq.convert import module_bits, quantized_info
 from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
+from adadfq.fusion import fuse as fuse_network
 from adadfq.game import METRICS, Game
 from adadfq.generator import build_generator
 from adadfq.metrics import MetricBuffer, MetricLog, Progress
-from adadfq.nn import frozen_ranges, set_calibrating
+from adadfq.nn import activations, frozen_ranges, set_calibrating
 from adadfq.players import check_generator, check_network, check_players
 from adadfq.recipe import Recipe
 from adadfq.result import CHECKPOINT, RESULT, Result, save_result
@@ -43,14 +46,18 @@ class Trainer:
         seed: of the generator's weights, the noise and the labels. The same seed gives the same result on the same
             machine; torch's global random state is left alone.
         device: default, the teacher's.
+        fuse: play with fused networks (:func:`adadfq.fuse`): the same tensors in fewer passes over memory. `student`
+            itself stays as it is. A network that cannot be fused plays as it is, with a warning.
+        capture: replay each step as a CUDA graph; default, on CUDA devices. Hooks and other Python in the networks
+            then run only while the graph is recorded: four times at the start of every phase.
         progress: show progress on stderr.
         on_epoch_end: called as ``on_epoch_end(epoch, trainer)`` after each epoch, counted from 0, for instance to
             score ``trainer.student``.
 
     Raises:
         InvalidInputError: the models do not fit the recipe or each other, the teacher has no BatchNorm, a network is
-            not float32 or not finite, or the student is not quantised. The student and the generator are then as they
-            were.
+            not float32 or not finite, the student is not quantised, or `capture` without a CUDA device. The student
+            and the generator are then as they were.
     """
 
     def __init__(
@@ -62,6 +69,8 @@ class Trainer:
         *,
         seed: int = 0,
         device: str | torch.device | None = None,
+        fuse: bool = True,
+        capture: bool | None = None,
         progress: bool = True,
         on_epoch_end: Callable[[int, Trainer], None] | None = None,
     ) -> None:
@@ -97,6 +106,9 @@ class Trainer:
 
         self.seed = seed
         self.device = torch.device(device) if device is not None else next(teacher.parameters()).device
+        self.capture = self.device.type == "cuda" if capture is None else capture
+        if self.capture and self.device.type != "cuda":
+            raise InvalidInputError(f"capture needs a CUDA device, got {self.device}: leave it out")
         self.progress, self.on_epoch_end = progress, on_epoch_end
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         were = [(model, next(model.parameters()).device, _modes(model)) for model in (student, generator)]
@@ -110,11 +122,23 @@ class Trainer:
                 for module, training in modes.items():
                     module.training = training
             raise
+        for model in (self.teacher, self.student, self.generator):
+            _set_memory_format(model, torch.channels_last)
         self.random = torch.Generator(self.device).manual_seed(seed)
         self._make_optimizers()
+        teacher_playing, student_playing = self.teacher, self.student
+        if fuse:
+            teacher_playing, student_playing = _fused("teacher", self.teacher), _fused("student", self.student)
         self.game = Game(
-            self.teacher, self.student, self.generator, self.recipe, self.optimizer_generator, self.optimizer_student
+            teacher_playing,
+            student_playing,
+            self.generator,
+            self.recipe,
+            self.optimizer_generator,
+            self.optimizer_student,
         )
+        # The step of the present phase, and what tells phases apart.
+        self._captured: tuple[Any, CapturedStep] | None = None
         self.epoch, self.step = 0, 0
         self._directory: Path | None = None
         self._used = False
@@ -122,19 +146,45 @@ class Trainer:
         self._rows: list[dict[str, float]] = []
 
     def _make_optimizers(self) -> None:
+        """Fused optimizers with their learning rates on the device: nothing in a step is read back."""
         recipe = self.recipe
         self.optimizer_generator = torch.optim.Adam(
             [p for p in self.generator.parameters() if p.requires_grad],
-            lr=recipe.lr_generator,
+            lr=torch.tensor(recipe.lr_generator, device=self.device),
             betas=(recipe.adam_betas[0], recipe.adam_betas[1]),
+            fused=True,
+            capturable=self.device.type == "cuda",
         )
         self.optimizer_student = torch.optim.SGD(
             [p for p in self.student.parameters() if p.requires_grad],
-            lr=recipe.lr_student,
+            lr=torch.tensor(recipe.lr_student, device=self.device),
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             nesterov=recipe.nesterov,
+            fused=True,
         )
+
+    def play(self, train_student: bool = True) -> Tensor:
+        """Play one step on noise and labels drawn from the trainer's random state; see :meth:`adadfq.game.Game.step`.
+
+        Counts no step and changes no phase: :meth:`fit` does, and calls this. The result is overwritten by the next
+        call.
+        """
+        if not self.capture:
+            return self._draw_and_step(train_student)
+        phase = (train_student, *(act._calibrating for act in activations(self.student).values()))
+        phase += tuple(module_bits(self.student).values())
+        if self._captured is None or self._captured[0] != phase:
+            self._captured = None  # its memory first
+            step = partial(self._draw_and_step, train_student)
+            self._captured = (phase, CapturedStep(step, self.device, self.random))
+        return self._captured[1]()
+
+    def _draw_and_step(self, train_student: bool) -> Tensor:
+        recipe = self.recipe
+        noise = torch.randn(recipe.batch_size, recipe.latent_dim, generator=self.random, device=self.device)
+        labels = torch.randint(recipe.num_classes, (recipe.batch_size,), generator=self.random, device=self.device)
+        return self.game.step(noise, labels, train_student)
 
     def fit(self, out: str | os.PathLike[str] | None = None, resume: bool = False) -> Result:
         """Train for the recipe's epochs.
@@ -188,6 +238,9 @@ class Trainer:
         finally:
             log.close()
             progress.close()
+            self._captured = None
+            for model in (self.student, self.generator):
+                _set_memory_format(model, torch.contiguous_format)
 
         complete = self.epoch >= recipe.epochs
         if self.step == 0:
@@ -217,9 +270,7 @@ class Trainer:
             self._freeze()
         train_student = self.epoch >= recipe.warmup_epochs
         while self.step < (self.epoch + 1) * recipe.steps_per_epoch and not interrupted():
-            noise = torch.randn(recipe.batch_size, recipe.latent_dim, generator=self.random, device=self.device)
-            labels = torch.randint(recipe.num_classes, (recipe.batch_size,), generator=self.random, device=self.device)
-            buffer.add(self.game.step(noise, labels, train_student))
+            buffer.add(self.play(train_student))
             self.step += 1
             progress.step()
         return buffer.drain()
@@ -254,7 +305,7 @@ class Trainer:
             (self.optimizer_student, recipe.lr_student),
         ):
             for group in optimizer.param_groups:
-                group["lr"] = base * factor
+                group["lr"].fill_(base * factor)
 
     def _check_finite(self, rows: list[dict[str, float]]) -> None:
         for i, row in enumerate(rows):
@@ -329,8 +380,26 @@ class Trainer:
             load_weights(model, state[name], f"{path} ({name})")
         self.optimizer_student.load_state_dict(state["optimizer_student"])
         self.optimizer_generator.load_state_dict(state["optimizer_generator"])
+        for optimizer in (self.optimizer_student, self.optimizer_generator):
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"].to(self.device)
         self.random.set_state(state["random"])
         self.epoch, self.step, self._rows = state["epoch"], state["step"], state["rows"]
+
+
+def _fused(name: str, model: nn.Module) -> nn.Module:
+    try:
+        return fuse_network(model)
+    except InvalidInputError as error:
+        warnings.warn(f"the {name} plays unfused, which takes longer: {error}", stacklevel=3)
+        return model
+
+
+def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out the weights of two-dimensional convolutions."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:

@@ -75,7 +75,7 @@ def test_learning_rates_step_down_at_the_milestones() -> None:
     rates = []
 
     def record(epoch: int, trainer: adadfq.Trainer) -> None:
-        rates.append([o.param_groups[0]["lr"] for o in (trainer.optimizer_generator, trainer.optimizer_student)])
+        rates.append([float(o.param_groups[0]["lr"]) for o in (trainer.optimizer_generator, trainer.optimizer_student)])
 
     _trainer(epochs=4, lr_milestones=(2, 3), on_epoch_end=record).fit()
     expected = [[1e-3 * f, 1e-2 * f] for f in (1, 1, 0.1, 0.01)]

@@ -1,0 +1,171 @@
+"""What the graphs made by :func:`adadfq.fuse` call: several modules in one pass, on those modules' own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as torch_F
+
+from adadfq import functional
+from adadfq.functional.autograd import first_order_only
+from adadfq.nn import QuantAct, QuantConv2d, QuantLinear
+from adadfq.ops.run import needs_gradient
+
+__all__ = [
+    "BatchNormWatch",
+    "batch_norm_act_quantize",
+    "float32_linear",
+    "fold_batch_norms",
+    "quantize_weights",
+    "quantized_layer",
+    "watched_batch_norm",
+]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+_ACTIVATIONS = {"none": _same, "relu": torch.relu, "relu6": torch_F.relu6}
+_ACTIVATIONS_INPLACE = {"none": _same, "relu": torch.relu_, "relu6": partial(torch_F.relu6, inplace=True)}
+
+
+class BatchNormWatch(nn.Module):
+    """Where a fused teacher leaves the statistics losses of its BatchNorm layers; no parameters, no state.
+
+    While `losses` is a list, every forward appends one :func:`adadfq.functional.bn_match` loss a layer to it. While it
+    is None, nothing is computed of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] | None = None
+
+
+class _Fold(torch.autograd.Function):
+    """(weight, bias) of every layer -> (weight * inv_std, bias - mean * weight * inv_std), all layers at once."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: list[int], mean: Tensor, inv_std: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        layers = len(sizes)
+        scale = torch.cat(parameters[:layers]) * inv_std
+        shift = torch.addcmul(torch.cat(parameters[layers:]), mean, scale, value=-1)
+        ctx.sizes = sizes
+        ctx.save_for_backward(mean, inv_std)
+        return *scale.split(sizes), *shift.split(sizes)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        mean, inv_std = ctx.saved_tensors
+        layers = len(ctx.sizes)
+        grad_shift = torch.cat(grads[layers:])
+        grad_scale = torch.addcmul(torch.cat(grads[:layers]), mean, grad_shift, value=-1) * inv_std
+        return None, None, None, *grad_scale.split(ctx.sizes), *grad_shift.split(ctx.sizes)
+
+
+def fold_batch_norms(norms: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The affine map of every BatchNorm in inference: (scales, shifts), each [C], with gradients to weight and bias.
+
+    Args:
+        norms: BatchNorm modules with running statistics, weight and bias, on one device, of one dtype.
+    """
+    sizes = [norm.num_features for norm in norms]
+    variances = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
+    mean, inv_std = torch.cat([norm.running_mean for norm in norms]), torch.cat(variances).rsqrt_()
+    folded = _Fold.apply(sizes, mean, inv_std, *(n.weight for n in norms), *(n.bias for n in norms))
+    return folded[: len(norms)], folded[len(norms) :]
+
+
+def quantize_weights(layers: Sequence[QuantConv2d | QuantLinear]) -> list[Tensor]:
+    """The fake-quantised weight of every layer, per output channel, by one call for all of a device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, layer in enumerate(layers):
+        groups.setdefault((layer.weight.device, layer.weight.dtype), []).append(i)
+    results: dict[int, Tensor] = {}
+    for members in groups.values():
+        weights, widths = [layers[i].weight for i in members], [layers[i].weight_bits for i in members]
+        x_hats, _, _ = functional.foreach_dynamic_fake_quantize(weights, widths, axis=0)
+        results.update(zip(members, x_hats, strict=True))
+    return [results[i] for i in range(len(layers))]
+
+
+def quantized_layer(x: Tensor, layer: QuantConv2d | QuantLinear, weight: Tensor, float32: bool = False) -> Tensor:
+    """`layer` on `x` with its weight quantised already.
+
+    Args:
+        float32: compute a linear layer's output in float32 under autocast too: a 16-bit logit is too coarse for H'.
+    """
+    if isinstance(layer, QuantConv2d):
+        return layer._conv_forward(x, weight, layer.bias)
+    return _linear(x, weight, layer.bias, float32)
+
+
+def float32_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`layer` on `x`, in float32 under autocast too."""
+    return _linear(x, layer.weight, layer.bias, True)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Tensor:
+    if not float32 or not torch.is_autocast_enabled(x.device.type):
+        return torch_F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch_F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def batch_norm_act_quantize(
+    x: Tensor,
+    norm: Any,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    act: str = "none",
+    quantizer: QuantAct | None = None,
+) -> Tensor:
+    """``quantizer(act(norm(x) + residual))`` in one pass, in inference.
+
+    In two while the quantiser calibrates, for its range depends on the whole result. In train mode, or where
+    `residual` is to be broadcast, the modules run one by one.
+
+    Args:
+        x: [N, C, ...].
+        norm: the BatchNorm layer.
+        scale, shift: its affine map, of :func:`fold_batch_norms`.
+        residual: added before the activation.
+        act: "none", "relu" or "relu6".
+        quantizer: of the result; None leaves it in float.
+    """
+    if norm.training or (residual is not None and residual.shape != x.shape):
+        y = norm(x)
+        y = _ACTIVATIONS[act](y if residual is None else y + residual)
+        return y if quantizer is None else quantizer(y)
+    if residual is not None and residual.dtype != x.dtype:
+        residual = residual.to(x.dtype)
+    if quantizer is None or quantizer._calibrating:
+        y = functional.affine_act_fake_quantize(x, scale, shift, residual, act)
+        return y if quantizer is None else quantizer(y)
+    qparams = (quantizer.scale, quantizer.zero_point, quantizer.act_bits)
+    return functional.affine_act_fake_quantize(x, scale, shift, residual, act, qparams)
+
+
+def watched_batch_norm(
+    x: Tensor, norm: Any, watch: BatchNormWatch, residual: Tensor | None = None, act: str = "none"
+) -> Tensor:
+    """``act(norm(x) + residual)``; while `watch` collects, with the loss of the layer's statistics in the norm's pass.
+
+    Arguments as :func:`batch_norm_act_quantize`.
+    """
+    parameters = (norm.weight, norm.bias)
+    if watch.losses is None or norm.training or needs_gradient(*parameters):
+        y = norm(x)  # whose hooks collect the loss of a layer that trains
+    else:
+        y, loss = functional.bn_match_forward(x, norm.running_mean, norm.running_var, *parameters, norm.eps)
+        watch.losses.append(loss)
+    # The norm's backward asks nothing of y.
+    if residual is not None:
+        y = y.add_(residual) if residual.shape == y.shape and residual.dtype == y.dtype else y + residual
+    return _ACTIVATIONS_INPLACE[act](y)

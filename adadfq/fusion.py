@@ -1,0 +1,264 @@
+"""fuse(): the same network in fewer passes over memory, through torch.fx; unfuse(): back."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from adadfq import fused_layers
+from adadfq.convert import module_bits, trace
+from adadfq.errors import InvalidInputError
+from adadfq.nn import QuantAct, QuantConv2d, QuantLinear
+
+__all__ = ["fuse", "unfuse"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
+_ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
+_ACT_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+_ACT_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6"
+}  # fmt: skip
+_ACT_METHODS = {"relu": "relu", "relu_": "relu"}
+#: Where a fused teacher collects its losses, and where the module that was fused is kept.
+_WATCH, _ORIGINAL = "batch_norm_watch", "adadfq_unfused"
+
+
+def fuse(model: nn.Module) -> fx.GraphModule:
+    """`model` with its layers in fewer passes over memory: the same function, up to rounding, on the same tensors.
+
+    A quantised network (:func:`adadfq.quantize`): every BatchNorm in inference form with what follows it of residual
+    addition, ReLU or ReLU6 and activation quantiser is one operation, and the weights of all layers are quantised by
+    one call a forward. A float network, as a teacher: every BatchNorm gives the loss of its batch statistics in the
+    pass that normalises (:class:`adadfq.game.BatchNormMatch` collects them; else they are not computed).
+
+    The result shares every module, parameter and buffer with `model`: training one trains the other, and state_dict
+    keys are the same. In train mode the modules run one by one. Modules with hooks of their own stay as they are, so
+    that the hooks are called; hooks put on fused modules later are not. Gradients are first order.
+
+    Args:
+        model: traceable by torch.fx.
+
+    Returns:
+        The fused network; :func:`unfuse` gives `model` back.
+
+    Raises:
+        InvalidInputError: not a module, already fused, or not traceable.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if _is_fused(model):
+        raise InvalidInputError("model is already fused")
+    modes = {module: module.training for module in model.modules()}
+    try:
+        graph = trace(model.eval())
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InvalidInputError(f"{type(model).__name__} cannot be traced by torch.fx ({reason})") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    fuser = _StudentFuser if module_bits(model) else _TeacherFuser
+    fused = fuser(model, graph).run()
+    fused.meta = {**getattr(model, "meta", {}), _ORIGINAL: model}
+    fused.training = model.training
+    return fused
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """The network that :func:`fuse` was given: its modules one by one, on the same tensors.
+
+    Raises:
+        InvalidInputError: `model` is not fused.
+    """
+    if not _is_fused(model):
+        raise InvalidInputError(f"model must come from adadfq.fuse(), got {type(model).__name__}")
+    original = model.meta[_ORIGINAL]
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def _is_fused(model: nn.Module) -> bool:
+    return isinstance(model, fx.GraphModule) and _ORIGINAL in model.meta
+
+
+class _Fuser:
+    """Rewrites a traced graph; modules are passed to the functions of `fused_layers` through get_attr nodes."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model, self.graph = model, graph
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.attributes: dict[str, fx.Node] = {}
+        self.first = next(node for node in graph.nodes if node.op != "placeholder")
+
+    def run(self) -> fx.GraphModule:
+        self.rewrite()
+        self.graph.lint()
+        targets = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
+        root = {target: self.modules.get(target) or operator.attrgetter(target)(self.model) for target in targets}
+        fused = fx.GraphModule(root, self.graph, type(self.model).__name__)
+        # What the forward pass does not reach is not fused, but belongs to the state_dict.
+        reached = {name for name, _ in fused.named_modules(remove_duplicate=False)}
+        for name, module in self.modules.items():
+            if name not in reached and name.rpartition(".")[0] in reached:
+                fused.add_submodule(name, module)
+                reached |= {f"{name}.{inner}" for inner, _ in module.named_modules(remove_duplicate=False)}
+        return fused
+
+    def rewrite(self) -> None:
+        raise NotImplementedError
+
+    def called(self, node: Any, *kinds: type[nn.Module]) -> nn.Module | None:
+        """The module that `node` calls on one argument, if it is of exactly one of `kinds` and without hooks."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        module = self.modules.get(str(node.target))
+        if type(module) not in kinds or _has_hooks(module):
+            return None
+        return module
+
+    def norm(self, node: Any) -> bool:
+        """Whether `node` calls a BatchNorm whose inference form is an affine map."""
+        module = self.called(node, *_NORMS)
+        return module is not None and module.running_mean is not None
+
+    def attribute(self, path: str) -> fx.Node:
+        """A node that gives the module at `path`, made once."""
+        if path not in self.attributes:
+            with self.graph.inserting_before(self.first):
+                self.attributes[path] = self.graph.create_node("get_attr", path)
+        return self.attributes[path]
+
+    def at_start(self, function: Any, paths: list[str]) -> fx.Node:
+        """A call of `function` on the list of modules at `paths`, before everything else."""
+        modules = [self.attribute(path) for path in paths]
+        with self.graph.inserting_before(self.first):
+            return self.graph.call_function(function, (modules,))
+
+    def item(self, node: fx.Node, *indices: int) -> fx.Node:
+        with self.graph.inserting_before(self.first):
+            for index in indices:
+                node = self.graph.call_function(operator.getitem, (node, index))
+        return node
+
+    def replace(self, nodes: list[fx.Node], function: Any, *args: Any) -> None:
+        """Put a call of `function` in place of `nodes`, each of which but the last only the next one reads."""
+        with self.graph.inserting_before(nodes[-1]):
+            new = self.graph.call_function(function, args)
+        nodes[-1].replace_all_uses_with(new)
+        for node in reversed(nodes):
+            if node is self.first:
+                self.first = node.next
+            self.graph.erase_node(node)
+
+    def gives_logits(self, node: fx.Node) -> bool:
+        return all(user.op == "output" for user in node.users)
+
+    def tail(self, norm: fx.Node, norms: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None, str, fx.Node | None]:
+        """(the nodes, residual, activation, quantiser) from `norm` on, as far as nothing else reads what is between."""
+        tail, residual = [norm], None
+        user = _only_user(norm)
+        if user is not None and (terms := _sum_of(user)) is not None:
+            other = terms[1] if terms[0] is norm else terms[0]
+            if _is_inplace_sum(user) and terms[0] is other and _only_user(other) is not user:
+                return tail, None, "none", None  # others read the residual, which is the sum from here on
+            # A sum of two norms goes with the later one, which has the other's result at hand.
+            taken = other in norms and norm < other and _only_user(other) is user
+            # Only with an activation behind it is an addition more than a pass of its own.
+            if other is norm or taken or (act := _only_user(user)) is None or self.act(act) is None:
+                return tail, None, "none", None
+            tail, residual = [norm, user], other
+        act = _only_user(tail[-1])
+        if act is None or (name := self.act(act)) is None:
+            return tail, residual, "none", None
+        tail.append(act)
+        quantizer = _only_user(act)
+        if quantizer is None or self.called(quantizer, QuantAct) is None:
+            return tail, residual, name, None
+        return [*tail, quantizer], residual, name, self.attribute(str(quantizer.target))
+
+    def act(self, node: fx.Node) -> str | None:
+        """Name of the activation that `node` applies to one argument."""
+        if node.op == "call_module":
+            module = self.called(node, *_ACT_MODULES)
+            return None if module is None else _ACT_MODULES[type(module)]
+        if len(node.all_input_nodes) != 1:
+            return None
+        if node.op == "call_function":
+            return _ACT_FUNCTIONS.get(node.target)
+        return _ACT_METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+class _StudentFuser(_Fuser):
+    def rewrite(self) -> None:
+        nodes = list(self.graph.nodes)
+        self._tails(nodes)
+        self._layers(nodes)
+
+    def _tails(self, nodes: list[fx.Node]) -> None:
+        norms = [n for n in nodes if self.norm(n) and self.modules[str(n.target)].weight is not None]
+        if not norms:
+            return
+        paths = list(dict.fromkeys(str(node.target) for node in norms))
+        folded = self.at_start(fused_layers.fold_batch_norms, paths)
+        maps = {path: (self.item(folded, 0, i), self.item(folded, 1, i)) for i, path in enumerate(paths)}
+        for node in norms:
+            tail, residual, act, quantizer = self.tail(node, set(norms))
+            path = str(node.target)
+            args = (node.args[0], self.attribute(path), *maps[path], residual, act, quantizer)
+            self.replace(tail, fused_layers.batch_norm_act_quantize, *args)
+
+    def _layers(self, nodes: list[fx.Node]) -> None:
+        calls = [node for node in nodes if self.called(node, QuantConv2d, QuantLinear) is not None]
+        if not calls:
+            return
+        paths = list(dict.fromkeys(str(node.target) for node in calls))
+        quantized = self.at_start(fused_layers.quantize_weights, paths)
+        weights = {path: self.item(quantized, i) for i, path in enumerate(paths)}
+        for node in calls:
+            path = str(node.target)
+            args = (node.args[0], self.attribute(path), weights[path], self.gives_logits(node))
+            self.replace([node], fused_layers.quantized_layer, *args)
+
+
+class _TeacherFuser(_Fuser):
+    def rewrite(self) -> None:
+        if hasattr(self.model, _WATCH):
+            raise InvalidInputError(f"the model has an attribute {_WATCH!r}, which adadfq needs; rename it")
+        self.modules[_WATCH] = fused_layers.BatchNormWatch()
+        nodes = list(self.graph.nodes)
+        norms = [node for node in nodes if self.norm(node)]
+        for node in norms:
+            tail, residual, act, _ = self.tail(node, set(norms))
+            args = (node.args[0], self.attribute(str(node.target)), self.attribute(_WATCH), residual, act)
+            self.replace(tail, fused_layers.watched_batch_norm, *args)
+        for node in nodes:
+            if self.called(node, nn.Linear) is not None and self.gives_logits(node):
+                self.replace([node], fused_layers.float32_linear, node.args[0], self.attribute(str(node.target)))
+
+
+def _has_hooks(module: nn.Module | None) -> bool:
+    return module is not None and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_inplace_sum(node: fx.Node) -> bool:
+    return node.target in (operator.iadd, "add_", "__iadd__")
+
+
+def _sum_of(node: fx.Node) -> tuple[Any, Any] | None:
+    """The two terms of an addition of two nodes."""
+    added = node.target in (_ADD_FUNCTIONS if node.op == "call_function" else _ADD_METHODS)
+    if node.op not in ("call_function", "call_method") or not added or node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
