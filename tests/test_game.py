@@ -17,7 +17,9 @@ from adadfq.generator import ConditionalGenerator, LabelEmbeddingGenerator, buil
 from adadfq.nn import set_calibrating
 
 
-def _players(dtype: torch.dtype = torch.float64, **settings: object) -> tuple[nn.Module, nn.Module, nn.Module, Game]:
+def _players(
+    dtype: torch.dtype = torch.float64, fused: bool = False, **settings: object
+) -> tuple[nn.Module, nn.Module, nn.Module, Game]:
     torch.manual_seed(0)
     recipe = toy_recipe(**settings)
     teacher = toy_teacher().to(dtype).eval()
@@ -27,8 +29,8 @@ def _players(dtype: torch.dtype = torch.float64, **settings: object) -> tuple[nn
     set_calibrating(student, False)
     teacher.requires_grad_(False)
     game = Game(
-        teacher,
-        student,
+        adadfq.fuse(teacher) if fused else teacher,
+        adadfq.fuse(student) if fused else student,
         generator,
         recipe,
         torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.999)),
@@ -73,11 +75,12 @@ def _oracle_student(teacher: nn.Module, parameters: dict[str, Tensor], student: 
     return torch_F.linear(x.mean((2, 3)), layer("linear"), parameters["linear.bias"])
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("detach_min", [False, True])
 @pytest.mark.parametrize("generator", ["label_embedding", "conditional_bn"])
-def test_one_step_equals_the_oracle(generator: str, detach_min: bool) -> None:
+def test_one_step_equals_the_oracle(generator: str, detach_min: bool, fused: bool) -> None:
     teacher, student, made, game = _players(
-        generator=generator, detach_min=detach_min, lambda_l=0.4, lambda_u=0.6, beta=0.7, gamma=0.3
+        fused=fused, generator=generator, detach_min=detach_min, lambda_l=0.4, lambda_u=0.6, beta=0.7, gamma=0.3
     )
     recipe = game.recipe
     noise = torch.randn(recipe.batch_size, recipe.latent_dim, dtype=torch.float64)
@@ -124,8 +127,8 @@ def test_one_step_equals_the_oracle(generator: str, detach_min: bool) -> None:
     assert metrics == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
 
 
-def _calls(train_student: bool) -> dict[str, int]:
-    _, _, _, game = _players(torch.float32)
+def _calls(train_student: bool, fused: bool) -> dict[str, int]:
+    _, _, _, game = _players(torch.float32, fused)
     noise, labels = torch.randn(8, 16), torch.arange(8)
     forwards = {"teacher": 0, "student": 0, "generator": 0}
     for name in forwards:
@@ -140,13 +143,21 @@ def _calls(train_student: bool) -> dict[str, int]:
     return {**forwards, "conv_backward": events["aten::convolution_backward"], "conv": events["aten::convolution"]}
 
 
-def test_a_step_runs_each_network_once_and_no_needless_gradient() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_runs_each_network_once_and_no_needless_gradient(fused: bool) -> None:
     # Two convolutions in the networks, three in the generator.
-    assert _calls(True) == {"teacher": 1, "student": 1, "generator": 1, "conv": 7, "conv_backward": 3 + 2 + 2 + 2}
-    assert _calls(False) == {"teacher": 1, "student": 1, "generator": 1, "conv": 7, "conv_backward": 3 + 2 + 2}
+    assert _calls(True, fused) == {
+        "teacher": 1,
+        "student": 1,
+        "generator": 1,
+        "conv": 7,
+        "conv_backward": 3 + 2 + 2 + 2,
+    }
+    assert _calls(False, fused) == {"teacher": 1, "student": 1, "generator": 1, "conv": 7, "conv_backward": 3 + 2 + 2}
 
 
-def test_the_generators_loss_computes_no_weight_gradient_of_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_generators_loss_computes_no_weight_gradient_of_the_networks(fused: bool) -> None:
     """Counted from the output masks convolution_backward is called with."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,7 +169,7 @@ def test_the_generators_loss_computes_no_weight_gradient_of_the_networks(monkeyp
                 masks.append((args[-1][0], args[-1][1]))
             return func(*args, **(kwargs or {}))
 
-    _, _, _, game = _players(torch.float32)
+    _, _, _, game = _players(torch.float32, fused)
     with Watch():
         game.step(torch.randn(8, 16), torch.arange(8), train_student=True)
     image_gradient_only, weight_gradient_only, both = (True, False), (False, True), (True, True)

@@ -1,0 +1,234 @@
+"""fuse(): the same function and gradients on the same tensors, in fewer calls; what cannot be fused stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from toy import ToyNet, toy_teacher
+
+import adadfq
+from adadfq.fused_layers import BatchNormWatch
+from adadfq.game import BatchNormMatch
+from adadfq.nn import set_calibrating
+
+
+class Patterns(nn.Module):
+    """BatchNorm with everything that may follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(9))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(10))
+        self.relu, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6(inplace=True)
+        self.linear = nn.Linear(4, 5)
+        self.norm1d = nn.BatchNorm1d(5)
+        self.unreached = nn.Conv2d(4, 2, 1)
+        for norm in [*self.norms, self.norm1d]:
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, n = self.convs, self.norms
+        x = x.repeat(1, 2, 1, 1)[:, :4]
+        x = self.relu(n[0](c[0](x)))  # plain
+        x = F.relu(n[1](c[1](x)) + x)  # residual second
+        x = torch.relu(x + n[2](c[2](x)))  # residual first
+        x = self.relu(n[3](c[3](x)) + n[4](x))  # of two norms
+        x = n[5](c[4](x))  # linear bottleneck
+        x = self.relu6(n[6](c[5](x)))
+        y = n[7](c[6](x))
+        y += x  # in place on the norm's result
+        y = y.relu_()
+        z = n[8](c[7](y))
+        y = F.relu6(z) + z.mean()  # the norm's result is read twice
+        y = y + n[9](c[8](y)) * 2  # not a plain sum
+        x = F.relu(n[9](y))  # a norm called twice
+        return self.norm1d(self.linear(x.mean((2, 3))))
+
+
+def _student(model: nn.Module, shape: tuple[int, ...], bits: int = 4, dtype: torch.dtype = torch.float64) -> nn.Module:
+    student = adadfq.quantize(model.to(dtype).eval(), bits, bits)
+    student(torch.randn(shape, dtype=dtype))
+    set_calibrating(student, False)
+    return student
+
+
+def _gradients(model: nn.Module, x: Tensor, seed: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(model(x), [x, *parameters], seed, allow_unused=True)
+    names = ["x", *(n for n, p in model.named_parameters() if p.requires_grad)]
+    return [g for _, g in sorted(zip(names, got, strict=True), key=lambda item: item[0]) if g is not None]
+
+
+def _calls(model: fx.GraphModule) -> Counter[str]:
+    return Counter(n.target.__name__ for n in model.graph.nodes if n.op == "call_function")
+
+
+@pytest.fixture
+def patterns() -> Patterns:
+    torch.manual_seed(0)
+    return Patterns().eval()
+
+
+def test_a_fused_student_computes_the_same(patterns: Patterns) -> None:
+    student = _student(patterns, (6, 4, 8, 8))
+    fused = adadfq.fuse(student)
+    x, seed = torch.randn(6, 4, 8, 8, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), student(x), rtol=1e-12, atol=1e-12)
+    for got, want in zip(_gradients(fused, x, seed), _gradients(student, x, seed), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    calls = _calls(fused)
+    assert calls["batch_norm_act_quantize"] == 12 and calls["quantized_layer"] == 10
+    assert calls["fold_batch_norms"] == calls["quantize_weights"] == 1
+    # Left: the norm whose result is read twice has its activation outside, and so has a product.
+    assert [n.op for n in fused.graph.nodes if n.op == "call_module"] == ["call_module"]
+
+
+def test_a_fused_teacher_computes_the_same_and_its_statistics_losses(patterns: Patterns) -> None:
+    teacher = patterns.double().requires_grad_(False)
+    fused = adadfq.fuse(teacher)
+    x, seed = torch.randn(6, 4, 8, 8, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), teacher(x), rtol=1e-12, atol=1e-12)
+    results = []
+    for model in (fused, teacher):
+        images = x.clone().requires_grad_()
+        match = BatchNormMatch(model)
+        with match.watching():
+            logits = model(images)
+        loss = match.loss()
+        total = loss + (logits * seed).sum()
+        results.append((logits, loss, torch.autograd.grad(total, images)[0]))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert _calls(fused)["watched_batch_norm"] == 12
+    assert all(m.losses is None for m in fused.modules() if isinstance(m, BatchNormWatch))
+
+
+def test_a_fused_student_calibrates_as_its_modules_do(patterns: Patterns) -> None:
+    student = adadfq.quantize(patterns, 4, 4)
+    twin = copy.deepcopy(student)
+    fused = adadfq.fuse(student)
+    for _ in range(3):
+        x = torch.randn(4, 4, 8, 8)
+        torch.testing.assert_close(fused(x), twin(x), rtol=1e-4, atol=1e-4)
+    for name, state in twin.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_everything_is_shared_and_fusing_can_be_undone(patterns: Patterns, quantized: bool) -> None:
+    model = adadfq.quantize(patterns, 4, 4) if quantized else patterns
+    fused = adadfq.fuse(model)
+    assert set(fused.state_dict()) == set(model.state_dict())
+    ours, theirs = dict(model.named_parameters()), dict(fused.named_parameters())
+    assert set(ours) == set(theirs) and all(ours[name] is theirs[name] for name in ours)
+    assert adadfq.unfuse(fused) is model
+    with pytest.raises(adadfq.InvalidInputError, match="model is already fused"):
+        adadfq.fuse(fused)
+    with pytest.raises(adadfq.InvalidInputError, match=r"must come from adadfq.fuse\(\), got Patterns"):
+        adadfq.unfuse(patterns)
+    copied = copy.deepcopy(fused)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(copied(x), fused(x))
+    with torch.no_grad():
+        next(copied.parameters()).add_(1)
+    assert not torch.equal(copied(x), fused(x))
+    if not quantized:
+        assert torch.allclose(adadfq.unfuse(copied)(x), copied(x), atol=1e-5)
+
+
+def test_loaded_weights_and_changed_bits_take_effect(patterns: Patterns) -> None:
+    student = _student(patterns, (4, 4, 8, 8))
+    fused = adadfq.fuse(student)
+    other = _student(Patterns(), (4, 4, 8, 8))
+    fused.load_state_dict(other.state_dict())
+    adadfq.convert.set_module_bits(student, {name: 6 for name in adadfq.convert.module_bits(student)})
+    x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), student(x), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(fused(x), other(x))
+
+
+def test_in_train_mode_the_modules_run_one_by_one(patterns: Patterns) -> None:
+    for model in (adadfq.quantize(patterns, 4, 4), copy.deepcopy(patterns)):
+        twin = copy.deepcopy(model).train()
+        fused = adadfq.fuse(model).train()
+        x = torch.randn(4, 4, 8, 8)
+        torch.testing.assert_close(fused(x), twin(x), rtol=1e-5, atol=1e-5)
+        for name, state in twin.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], state, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_with_hooks_stay(patterns: Patterns) -> None:
+    student = _student(patterns, (4, 4, 8, 8))
+    seen: list[str] = []
+    for name in ("norms.0", "convs.1", "act_quant.2"):
+        student.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    fused = adadfq.fuse(student)
+    x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), student(x), rtol=1e-10, atol=1e-10)
+    assert sorted(seen) == sorted(["norms.0", "convs.1", "act_quant.2"] * 2)
+
+
+def test_a_sum_that_others_read_in_place_stays() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.norm2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm2(self.conv(x))
+            y = self.norm(x)
+            x += y
+            return torch.relu(x) + x
+
+    torch.manual_seed(0)
+    model = InPlace().eval()
+    x = torch.randn(2, 3, 4, 4)
+    for network in (model, _student(copy.deepcopy(model), (2, 3, 4, 4), dtype=torch.float32)):
+        torch.testing.assert_close(adadfq.fuse(network)(x), network(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_fused_is_refused_and_unchanged() -> None:
+    class Branching(ToyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    net = Branching().train()
+    with pytest.raises(adadfq.InvalidInputError, match="Branching cannot be traced by torch.fx"):
+        adadfq.fuse(net)
+    assert net.training and net.bn1.training
+    with pytest.raises(adadfq.InvalidInputError, match="must be a torch.nn.Module, got int"):
+        adadfq.fuse(3)  # type: ignore[arg-type]
+    clash = toy_teacher()
+    clash.batch_norm_watch = nn.Identity()
+    with pytest.raises(adadfq.InvalidInputError, match="has an attribute 'batch_norm_watch'"):
+        adadfq.fuse(clash)
+    assert isinstance(adadfq.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), fx.GraphModule)
+
+
+@pytest.mark.parametrize("name,norms,layers", [("resnet18", 20, 21), ("resnet50", 53, 54), ("mobilenet_v2", 52, 53)])
+def test_torchvision_networks_are_fused_whole(
+    torchvision_models: ModuleType, name: str, norms: int, layers: int
+) -> None:
+    torch.manual_seed(0)
+    teacher = getattr(torchvision_models, name)(weights=None).eval()
+    shape = (2, 3, 64, 64)
+    student = _student(copy.deepcopy(teacher), shape, bits=8)
+    fused = adadfq.fuse(student)
+    calls = _calls(fused)
+    assert calls["batch_norm_act_quantize"] == norms and calls["quantized_layer"] == layers
+    left = {type(fused.get_submodule(str(n.target))) for n in fused.graph.nodes if n.op == "call_module"}
+    assert left <= {nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Dropout}
+    assert _calls(adadfq.fuse(teacher))["watched_batch_norm"] == norms
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), student(x), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(adadfq.fuse(teacher)(x.float()), teacher(x.float()), rtol=1e-3, atol=1e-4)
