@@ -1,0 +1,104 @@
+"""bfloat16: what is exact in it, what stays in float32, and how far a step is from float32's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import toy_recipe, toy_teacher
+
+import adadfq
+from adadfq import functional as F
+from adadfq.game import METRICS
+from adadfq.nn import activations, set_calibrating
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_are_exact_in_bfloat16(bits: int) -> None:
+    levels = torch.arange(-(2**bits) + 1, 2**bits, dtype=torch.float32)
+    assert torch.equal(levels.bfloat16().float(), levels)
+    # Up to 7 bits the code is still the nearest one after (code - zero_point) * scale was rounded to bfloat16; at 8
+    # bits, the significand's own width, a level may look like its neighbour.
+    scales = torch.rand(200, 1) * 3 + 1e-3
+    levels = levels[None]
+    seen = torch.round((levels * scales).bfloat16().float() / scales)
+    assert bool(((seen - levels).abs() <= (0 if bits < 8 else 1)).all())
+
+
+def test_quantisers_choose_codes_in_float32(bits: int = 4) -> None:
+    torch.manual_seed(0)
+    x, residual = (torch.randn(4, 6, 8, 8).bfloat16() for _ in range(2))
+    scale, shift = torch.rand(6) + 0.5, torch.randn(6)
+    qparams = (torch.tensor(0.173), torch.tensor(2, dtype=torch.int32), bits)
+    want = F.affine_act_quantize(x.float(), scale, shift, residual.float(), "relu", qparams)
+    assert torch.equal(F.affine_act_quantize(x, scale, shift, residual, "relu", qparams), want)
+    got = F.affine_act_fake_quantize(x, scale, shift, residual, "relu", qparams)
+    assert torch.equal(got, ((want.int() - 2) * 0.173).bfloat16())
+
+
+class _Convolutions(TorchDispatchMode):
+    """Collects the dtypes of activations that convolutions take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _trainer(**settings: object) -> adadfq.Trainer:
+    teacher = toy_teacher()
+    return adadfq.Trainer(teacher, adadfq.quantize(teacher, 4, 4), toy_recipe(**settings), progress=False)
+
+
+@pytest.mark.parametrize("generator", ["label_embedding", "conditional_bn"])
+def test_only_activations_are_bfloat16(generator: str) -> None:
+    trainer = _trainer(generator=generator, precision="bfloat16")
+    logits: list[Tensor] = []
+    for network in (trainer.game.teacher, trainer.game.student):
+        network.register_forward_hook(lambda module, args, output: logits.append(output))
+    with _Convolutions() as seen:
+        metrics = trainer.play()
+        set_calibrating(trainer.student, False)
+        trainer.play()
+    assert seen.dtypes == {torch.bfloat16}
+    assert {x.dtype for x in logits} == {torch.float32} and metrics.dtype == torch.float32
+    for model in (trainer.student, trainer.generator, trainer.teacher):
+        kinds = {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
+        assert kinds == {torch.float32}
+    assert all(
+        p.grad.dtype == torch.float32 for p in trainer.game.student_parameters + trainer.game.generator_parameters
+    )
+    assert all(act.scale.dtype == torch.float32 for act in activations(trainer.student).values())
+    assert not _dtypes_of(_trainer(generator=generator)) - {torch.float32}
+
+
+def _dtypes_of(trainer: adadfq.Trainer) -> set[torch.dtype]:
+    with _Convolutions() as seen:
+        trainer.play()
+    return seen.dtypes
+
+
+def test_a_bfloat16_step_is_near_float32s() -> None:
+    results = []
+    for precision in ("float32", "bfloat16"):
+        # Bounds that no H' exceeds: the toy's entropies differ by less than rounding.
+        trainer = _trainer(precision=precision, batch_size=64, lambda_l=0.0, lambda_u=1.0)
+        metrics = trainer.play()
+        parameters = (trainer.game.generator_parameters, trainer.game.student_parameters)
+        results.append((metrics, *(torch.cat([p.grad.flatten() for p in group]) for group in parameters)))
+    (metrics, *gradients), (metrics16, *gradients16) = results
+    losses = [i for i, name in enumerate(METRICS) if name.startswith("loss")]
+    torch.testing.assert_close(metrics16[losses], metrics[losses], rtol=0.02, atol=1e-3)
+    for got, want in zip(gradients16, gradients, strict=True):
+        assert torch.nn.functional.cosine_similarity(got, want, dim=0) > 0.97
+        assert not torch.equal(got, want)
+
+
+def test_the_precision_is_one_of_two() -> None:
+    with pytest.raises(adadfq.InvalidInputError, match="precision must be one of float32, bfloat16, got 'float16'"):
+        toy_recipe(precision="float16")
