@@ -294,6 +294,14 @@ void channel_moments(const T* x, T* y, const BatchNorm& norm, double* mean, doub
 
 }  // namespace
 
+void channel_moments(const void* x, double* mean, double* var, const Layout& layout, DType dtype,
+                     int threads) {
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    channel_moments<T>(static_cast<const T*>(x), nullptr, BatchNorm{}, mean, var, layout, threads);
+  });
+}
+
 void bn_match(const void* x, const BatchNorm& norm, void* y, float* loss, double* mean, double* var,
               const Layout& layout, DType dtype, int threads) {
   dispatch_dtype(dtype, [&](auto tag) {
