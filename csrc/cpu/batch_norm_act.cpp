@@ -203,22 +203,19 @@ ADADFQ_INLINE void sum_units(const SampleWalk& walk, const Norm<T>& norm, int64_
                   const float* ADADFQ_RESTRICT mean = t.mean;
                   const float* ADADFQ_RESTRICT slope = t.slope + sample * walk.columns;
                   const float* ADADFQ_RESTRICT shift = t.shift + sample * walk.columns;
-                  float* ADADFQ_RESTRICT first_sum = scratch;
-                  float* ADADFQ_RESTRICT second_sum = scratch + walk.columns;
-                  for (int64_t i = 0; i < 2 * walk.columns; ++i) scratch[i] = 0;
-                  for (int64_t r = 0; r < rows; ++r, begin += columns) {
-                    const T* ADADFQ_RESTRICT grad = t.grad + begin;
-                    const T* ADADFQ_RESTRICT x = t.x + begin;
-#pragma omp simd
-                    for (int64_t i = 0; i < columns; ++i) {
-                      const Two two = products_at(grad, x, i, mean, slope, shift, t.negative_slope);
-                      first_sum[i] += two.first;
-                      second_sum[i] += two.second;
-                    }
-                  }
+                  const T* ADADFQ_RESTRICT grad = t.grad + begin;
+                  const T* ADADFQ_RESTRICT x = t.x + begin;
+                  float* ADADFQ_RESTRICT second = scratch + columns;
+                  sums_of_columns(rows, columns, scratch, second,
+                                  [&](int64_t r, int64_t i) ADADFQ_INLINE_LAMBDA {
+                                    return products_at(grad + r * columns, x + r * columns, i, mean,
+                                                       slope, shift, t.negative_slope);
+                                  });
                   double* ADADFQ_RESTRICT to = sums + unit * walk.width();
-                  for (int64_t i = 0; i < walk.width(); ++i)
-                    to[i] += static_cast<double>(scratch[i]);
+                  for (int64_t i = 0; i < columns; ++i) to[i] += static_cast<double>(scratch[i]);
+                  for (int64_t i = 0; i < columns; ++i) {
+                    to[walk.columns + i] += static_cast<double>(second[i]);
+                  }
                 });
 }
 
