@@ -66,6 +66,18 @@ def check_channelwise(name: str, values: Any, x: Tensor) -> None:
         raise InvalidInputError(f"{name} must be on {x.device} like x, got {values.device}")
 
 
+def check_per_sample(name: str, values: Any, x: Tensor) -> None:
+    """Raise unless `values` is a floating [C] or [N, C] on the device of `x`, which is [N, C, ...]."""
+    check_floating(name, values)
+    if values.shape not in (x.shape[1:2], x.shape[:2]):
+        raise InvalidInputError(
+            f"{name} must have shape {list(x.shape[1:2])}, one element a channel, or {list(x.shape[:2])}, one a sample "
+            f"and channel, got {list(values.shape)}"
+        )
+    if values.device != x.device:
+        raise InvalidInputError(f"{name} must be on {x.device} like x, got {values.device}")
+
+
 def as_constant(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` in `dtype`, without a gradient."""
     return values.detach().to(dtype) if values.requires_grad or values.dtype is not dtype else values

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/affine_act_fake_quantize.h"
+#include "cpu/batch_norm_act.h"
 #include "cpu/bn_match.h"
 #include "cpu/dynamic_fake_quantize.h"
 #include "cpu/fake_quantize.h"
@@ -130,6 +131,30 @@ void bn_match_backward(Address grad_y, Address grad_loss, Address x, Address mea
                             at_address(out), Layout{outer, channels, inner}, DType(dtype), threads);
 }
 
+// weight and bias may be 0.
+void batch_norm_act(Address x, Address weight, Address bias, double eps, double negative_slope,
+                    Address y, Address mean, Address var, int64_t samples, int64_t outer,
+                    int64_t channels, int64_t inner, int dtype, int threads) {
+  const adadfq::BatchNormAct norm{at_address<float>(weight), at_address<float>(bias), samples, eps,
+                                  static_cast<float>(negative_slope)};
+  adadfq::batch_norm_act(at_address(x), norm, at_address(y), at_address<double>(mean),
+                         at_address<double>(var), Layout{outer, channels, inner}, DType(dtype),
+                         threads);
+}
+
+// weight, bias, grad_weight and grad_bias may be 0.
+void batch_norm_act_backward(Address grad_y, Address x, Address mean, Address var, Address weight,
+                             Address bias, double eps, double negative_slope, Address grad_x,
+                             Address grad_weight, Address grad_bias, int64_t samples, int64_t outer,
+                             int64_t channels, int64_t inner, int dtype, int threads) {
+  const adadfq::BatchNormAct norm{at_address<float>(weight), at_address<float>(bias), samples, eps,
+                                  static_cast<float>(negative_slope)};
+  adadfq::batch_norm_act_backward(at_address(grad_y), at_address(x), at_address<double>(mean),
+                                  at_address<double>(var), norm, at_address(grad_x),
+                                  at_address<float>(grad_weight), at_address<float>(grad_bias),
+                                  Layout{outer, channels, inner}, DType(dtype), threads);
+}
+
 // Returns the index of the first label outside 0..classes - 1, having written nothing, or -1.
 int64_t margin_loss(Address teacher, Address student, Address labels, Address total, Address margin,
                     Address disagreement, Address agreement, Address h_prime, Address grad_teacher,
@@ -172,6 +197,8 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("unpack_dequantize", &unpack_dequantize, nogil);
   m.def("bn_match", &bn_match, nogil);
   m.def("bn_match_backward", &bn_match_backward, nogil);
+  m.def("batch_norm_act", &batch_norm_act, nogil);
+  m.def("batch_norm_act_backward", &batch_norm_act_backward, nogil);
   m.def("margin_loss", &margin_loss, nogil);
   m.def("entropy_distillation", &entropy_distillation, nogil);
 }

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adadfq.kernels.tiles import (
+    Plan,
     channel_numbers,
     chunk,
     chunk_base,
@@ -301,6 +302,82 @@ def _fold(options: dict[str, Any]) -> int:
     return max(1, options["R"] * options["K"] // (options["num_warps"] * 32 * options["VECTOR"]))
 
 
+def _moments_of_chunks(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor | None,
+    layout: Layout,
+) -> tuple[Tensor, Plan]:
+    """(means and squares of every chunk, how many there are); y is written."""
+    found = plan(x, layout)
+    channels = layout.channels
+    chunks = torch.empty((2, found.splits, channels), dtype=torch.float64, device=x.device)
+    bn_match_chunks_kernel[found.grid](
+        x,
+        running_mean,
+        running_var,
+        running_var if weight is None else weight,
+        running_mean if bias is None else bias,
+        x if y is None else y,
+        chunks,
+        found.splits,
+        *found.walk,
+        EPS=0.0 if y is None else float(eps),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_Y=y is not None,
+        FOLD=_fold(found.options),
+        **found.options,
+    )
+    return chunks, found
+
+
+def _combine(
+    chunks: Tensor,
+    found: Plan,
+    running_mean: Tensor,
+    running_var: Tensor,
+    loss: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    with_loss: bool,
+) -> bool:
+    """Write mean and var, and the loss if it is wanted and one program does all; whether it did."""
+    channels = mean.numel()
+    splits = min(triton.next_power_of_2(found.splits), _MOST_SPLITS)
+    width = min(triton.next_power_of_2(channels), _COMBINED // splits)
+    together = with_loss and channels <= 4 * width
+    bn_match_combine_kernel[(1 if together else triton.cdiv(channels, width),)](
+        chunks,
+        running_mean,
+        running_var,
+        loss,
+        mean,
+        var,
+        found.splits,
+        found.size,
+        found.length,
+        channels,
+        LOSS=together,
+        SPLITS=splits,
+        CHANNELS=width,
+        num_warps=8 if splits * width >= 512 else 4,
+        enable_fp_fusion=False,
+    )
+    return together
+
+
+def channel_moments(x: Tensor, mean: Tensor, var: Tensor, layout: Layout) -> None:
+    """Write the means and biased variances of dense `x`, float64 [C]."""
+    # What is not wanted is not read or written, but has an address.
+    chunks, found = _moments_of_chunks(x, mean, var, None, None, 0.0, None, layout)
+    _combine(chunks, found, mean, var, mean, mean, var, with_loss=False)
+
+
 def bn_match(
     x: Tensor,
     running_mean: Tensor,
@@ -323,54 +400,15 @@ def bn_match(
         mean, var: float64 [C].
         layout: how to walk `x`.
     """
-    found = plan(x, layout)
-    channels = layout.channels
-    chunks = torch.empty((2, found.splits, channels), dtype=torch.float64, device=x.device)
-    bn_match_chunks_kernel[found.grid](
-        x,
-        running_mean,
-        running_var,
-        running_var if weight is None else weight,
-        running_mean if bias is None else bias,
-        x if y is None else y,
-        chunks,
-        found.splits,
-        *found.walk,
-        EPS=0.0 if y is None else float(eps),
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        HAS_Y=y is not None,
-        FOLD=_fold(found.options),
-        **found.options,
-    )
-    splits = min(triton.next_power_of_2(found.splits), _MOST_SPLITS)
-    width = min(triton.next_power_of_2(channels), _COMBINED // splits)
-    together = channels <= 4 * width
-    bn_match_combine_kernel[(1 if together else triton.cdiv(channels, width),)](
-        chunks,
-        running_mean,
-        running_var,
-        loss,
-        mean,
-        var,
-        found.splits,
-        found.size,
-        found.length,
-        channels,
-        LOSS=together,
-        SPLITS=splits,
-        CHANNELS=width,
-        num_warps=8 if splits * width >= 512 else 4,
-        enable_fp_fusion=False,
-    )
-    if not together:
+    chunks, found = _moments_of_chunks(x, running_mean, running_var, weight, bias, eps, y, layout)
+    if not _combine(chunks, found, running_mean, running_var, loss, mean, var, with_loss=True):
         bn_match_loss_kernel[(1,)](
             running_mean,
             running_var,
             loss,
             mean,
             var,
-            channels,
+            layout.channels,
             CHANNELS=_LOSS_BLOCK,
             num_warps=8,
             enable_fp_fusion=False,

@@ -202,11 +202,15 @@ def _division(divisor: int) -> tuple[int, int]:
     return (1 << (31 + bits)) // divisor + 1, bits - 1
 
 
-def plan(x: Tensor, layout: Layout) -> Plan:
-    """The launch for dense `x`, not empty, and tensors like it."""
-    n = x.numel()
+def plan(x: Tensor, layout: Layout, samples: int = 1) -> Plan:
+    """The launch for dense `x`, not empty, and tensors like it.
+
+    With `samples` it is that of one of so many equal blocks of `x`, whose layout is given; the others' programs are the
+    caller's to launch.
+    """
     outer, channels, inner = layout
-    config = configs.choose("channel_tiles", x.dtype, n)
+    n = outer * channels * inner
+    config = configs.choose("channel_tiles", x.dtype, x.numel())
     vector = 16 // x.element_size()
     threads = config.num_warps * 32
     block = threads * config.vectors * vector
@@ -228,7 +232,7 @@ def plan(x: Tensor, layout: Layout) -> Plan:
     rows = min(block // k, max(threads * vector // k, triton.next_power_of_2(groups)))
     step = rows if columns else rows * k
     tiles = triton.cdiv(length, step)
-    splits = max(min(triton.cdiv(PROGRAMS, blocks), tiles // FEWEST_TILES), triton.cdiv(tiles, MOST_TILES), 1)
+    splits = max(min(triton.cdiv(PROGRAMS, blocks * samples), tiles // FEWEST_TILES), triton.cdiv(tiles, MOST_TILES), 1)
     tiles = triton.cdiv(tiles, splits)
     splits = triton.cdiv(length, tiles * step)
     options = {

@@ -11,7 +11,15 @@ from torch import Tensor
 from adadfq.ops import dispatch, reference
 
 #: Operators with sums or exponentials, whose results may differ in the last digits.
-INEXACT = {"bn_match", "bn_match_forward", "margin_loss", "entropy_distillation", "affine_act_fake_quantize_backward"}
+INEXACT = {
+    "bn_match",
+    "bn_match_forward",
+    "batch_norm_act",
+    "batch_norm_act_backward",
+    "margin_loss",
+    "entropy_distillation",
+    "affine_act_fake_quantize_backward",
+}
 
 
 def arguments(
@@ -39,6 +47,7 @@ def arguments(
     state += [torch.ones((), device=device), torch.zeros((), dtype=torch.int32, device=device)]
     teacher, student = (torch.randn(logits, generator=random).to(dtype).to(device) * 3 for _ in range(2))
     labels = torch.randint(0, logits[1], logits[:1], generator=random).to(device)
+    per_sample = [torch.randn(shape[:2], generator=random).to(device) + 0.5 for _ in range(2)]
     packed = torch.randint(0, 256, (reference.packed_bytes(x.numel(), 3),), generator=random, dtype=torch.uint8)
     return {
         "fake_quantize": (x, slope, zero_point, 4, 1),
@@ -56,6 +65,8 @@ def arguments(
         "bn_match_backward": (grad_loss, x, mean.double(), var.double() + 1, mean, var),
         "bn_match_forward": (x, mean, var, weight, mean, 1e-5),
         "bn_match_forward_backward": (grad, x, grad_loss, mean.double(), var.double() + 1, mean, var, weight, 1e-5),
+        "batch_norm_act": (x, *per_sample, 1e-5, 0.2),
+        "batch_norm_act_backward": (grad, x, mean.double(), var.double() + 1, *per_sample, 1e-5, 0.2),
         "margin_loss": (teacher, student, labels, 0.3, 0.6, 0.2, 0.1, 0.7, False),
         "entropy_distillation": (teacher, student, 5.0),
     }[op]

@@ -37,6 +37,8 @@ MAIN = {
     "bn_match_backward": ("bn_match_backward_kernel", 1, 1),
     "bn_match_forward": ("bn_match_chunks_kernel", 1, 1),
     "bn_match_forward_backward": ("bn_match_backward_kernel", 2, 1),
+    "batch_norm_act": ("batch_norm_act_kernel", 1, 1),
+    "batch_norm_act_backward": ("batch_norm_act_backward_kernel", 2, 1),
     "margin_loss": ("margin_loss_kernel", 0, 0),
     "entropy_distillation": ("entropy_distillation_kernel", 0, 0),
 }
@@ -65,7 +67,7 @@ def _compile(op: str, capability: int, *args: object, **kwargs: object) -> list[
 def _most_stack(launch: Launch) -> int:
     """Bytes on the stack: none, but what is saved once around float64's subroutines, or by older assemblers."""
     old = tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 8)
-    return 16 if old or launch.name in IN_FLOAT64 or launch.name.startswith("bn_match") else 0
+    return 16 if old or launch.name in IN_FLOAT64 or launch.name.startswith(("bn_match", "batch_norm")) else 0
 
 
 def _check(launch: Launch) -> None:
@@ -106,7 +108,7 @@ FAMILY = {
         "affine_act_quantize",
     ],
     "channel_tiles": [
-        op for op in triton.KERNELS if op.startswith(("bn_match", "dynamic")) or op.endswith("quantize_backward")
+        op for op in triton.KERNELS if op.startswith(("bn_match", "batch_norm", "dynamic")) or op.endswith("quantize_backward")
     ],
     "rows": ["foreach_dynamic_fake_quantize"],
 }
@@ -177,6 +179,10 @@ def test_every_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         triton.KERNELS["bn_match_forward"](
             x.contiguous(memory_format=torch.channels_last), mean, var, scale, None, 1e-5
         )
+        for weight, bias in ((None, None), (scale, None), (None, mean), (scale, mean)):
+            triton.KERNELS["batch_norm_act"](x, weight, bias, 1e-5, 0.2)
+            statistics = mean.double(), var.double()
+            triton.KERNELS["batch_norm_act_backward"](grad, x, *statistics, weight, bias, 1e-5, 0.2)
         triton.KERNELS["dynamic_fake_quantize"](torch.empty(64, 32, 3, 3), 4, 0)
         triton.KERNELS["margin_loss"](*logits, labels, 0.3, 0.6, 0.2, 0.1, 0.7, True)
         launched += launches

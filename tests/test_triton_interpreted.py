@@ -63,7 +63,7 @@ def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op.startswith(("bn_match", "affine_act", "dynamic"))])
+@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op.startswith(("bn_match", "batch_norm", "affine_act", "dynamic"))])
 def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every channel in several programs of several tiles, and more channels than one program combines."""
     monkeypatch.setattr(tiles, "FEWEST_TILES", 1)
@@ -73,7 +73,7 @@ def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.Mo
     monkeypatch.setitem(configs.CONFIGS, "channel_tiles", (configs.Config(1, 1),))
     for shape in ((6, 3, 30, 40), (7, 24, 20, 12)):
         args = arguments(op, shape, torch.float32, channels_last)
-        main = args[op in ("affine_act_fake_quantize_backward", "bn_match_backward", "bn_match_forward_backward")]
+        main = args[op.endswith("_backward")]
         assert tiles.plan(main, native_args.layout(op, main, 1)).splits > 1
         assert_right(op, call(triton.KERNELS[op], op, args), args)
 

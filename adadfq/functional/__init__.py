@@ -1,4 +1,4 @@
-"""Differentiable functions: quantisation, BatchNorm matching and the two players' losses on logits.
+"""Differentiable functions: quantisation, BatchNorm and its matching, and the two players' losses on logits.
 
 Each checks its arguments, runs one operator of ``torch.ops.adadfq`` and attaches the gradient (codes have none). All
 take float32, bfloat16, float16 and float64 tensors of any layout; arithmetic is in float32 (float64 for float64). None
@@ -8,7 +8,7 @@ Gradients are first order only; ``create_graph=True`` is refused where a second 
 """
 
 from adadfq.functional.affine import affine_act_fake_quantize, affine_act_quantize
-from adadfq.functional.batch_norm import bn_match, bn_match_forward
+from adadfq.functional.batch_norm import BatchNormAct, batch_norm_act, bn_match, bn_match_forward
 from adadfq.functional.logit_losses import MarginLoss, entropy_distillation, margin_loss
 from adadfq.functional.packing import quantize_pack, unpack_dequantize
 from adadfq.functional.quantizers import (
@@ -20,9 +20,11 @@ from adadfq.functional.quantizers import (
 )
 
 __all__ = [
+    "BatchNormAct",
     "MarginLoss",
     "affine_act_fake_quantize",
     "affine_act_quantize",
+    "batch_norm_act",
     "bn_match",
     "bn_match_forward",
     "dynamic_fake_quantize",

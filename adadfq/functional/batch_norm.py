@@ -1,8 +1,8 @@
-"""Matching a layer's batch statistics with its BatchNorm's running statistics."""
+"""BatchNorm in training with its activation; matching a layer's batch statistics with running statistics."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +10,25 @@ from torch import Tensor
 from adadfq import checks
 from adadfq.errors import InvalidInputError
 from adadfq.functional.autograd import first_order_only
+from adadfq.ops import reference
 from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
-__all__ = ["bn_match", "bn_match_forward"]
+__all__ = ["BatchNormAct", "batch_norm_act", "bn_match", "bn_match_forward"]
+
+
+class BatchNormAct(NamedTuple):
+    """Result of :func:`batch_norm_act`.
+
+    Attributes:
+        y: shape and dtype of the input; the only one with a gradient.
+        mean: float64 [C], of the batch.
+        var: float64 [C], biased, of the batch.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 class _BnMatch(torch.autograd.Function):
@@ -61,6 +76,28 @@ class _BnMatchForward(torch.autograd.Function):
             "bn_match_forward_backward", grad_y, x, grad_loss, mean, var, running_mean, running_var, weight, ctx.eps
         )
         return grad_x, None, None, None, None, None
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, negative_slope: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = run("batch_norm_act", x, weight, bias, eps, negative_slope)
+        ctx.settings = eps, negative_slope
+        ctx.save_for_backward(x, mean, var, weight, bias)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return (None,) * 5
+        grads = run("batch_norm_act_backward", grad_y, *ctx.saved_tensors, *ctx.settings)
+        grads = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return *grads, None, None
 
 
 def _check_layer(x: Tensor, **channelwise: Tensor | None) -> None:
@@ -137,3 +174,49 @@ def bn_match_forward(
     if not needs_gradient(x):
         return run("bn_match_forward", x, mean, var, weight, bias, eps)[:2]
     return _BnMatchForward.apply(x, mean, var, weight, bias, eps)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    negative_slope: float = 1.0,
+) -> BatchNormAct:
+    """BatchNorm with the statistics of the batch and LeakyReLU: ``batch_norm(training=True)``, ``leaky_relu``.
+
+    u = (x - mean) / sqrt(var + eps) * weight + bias; y = u where u > 0, else negative_slope u. A weight and a bias for
+    every sample and channel make it class-conditional, without a table expanded over the pixels. Arithmetic is in
+    float32 (float64 for float64) from end to end; the backward computes u again. Running statistics are the caller's.
+
+    Args:
+        x: the layer's input, [N, C, ...], floating, with at least two values a channel.
+        weight: [C] or [N, C], or None for ones.
+        bias: in the form of `weight`, or None for zeros.
+        eps: added to the variance, at least 0.
+        negative_slope: in 0..1: 1 is no activation, 0 is ReLU.
+
+    Returns:
+        y (shape and dtype of `x`, with a gradient to `x`, `weight` and `bias`), and the batch's mean and biased
+        variance over every dimension but 1, float64 [C], without a gradient.
+
+    Raises:
+        InvalidInputError: a shape, a dtype, a device or a number does not fit; fewer than two values a channel.
+    """
+    _check_layer(x)
+    if x.numel() == x.shape[1]:
+        raise InvalidInputError(
+            f"x must have at least two values a channel, or it has no variance; got shape {list(x.shape)}"
+        )
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None:
+            checks.check_per_sample(name, values, x)
+    reference.is_per_sample(weight, bias)
+    eps = checks.check_number("eps", eps, 0)
+    negative_slope = checks.check_number("negative_slope", negative_slope, 0, 1)
+    dtype = compute_dtype(x.dtype)
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if not needs_gradient(x, weight, bias):
+        return BatchNormAct(*run("batch_norm_act", x, weight, bias, eps, negative_slope))
+    return BatchNormAct(*_BatchNormAct.apply(x, weight, bias, eps, negative_slope))

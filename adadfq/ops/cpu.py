@@ -161,8 +161,10 @@ def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, tempera
     return loss, grad_student
 
 
+_OPERATORS = operators.OPERATORS + operators.PACKING + operators.BATCH_NORM_ACT
+
 KERNELS = {
-    **operators.kernels(sys.modules[__name__], operators.OPERATORS + operators.PACKING),  # type: ignore[arg-type]
+    **operators.kernels(sys.modules[__name__], _OPERATORS),  # type: ignore[arg-type]
     # Of their own, for what a call costs beside the kernel.
     "margin_loss": margin_loss,
     "entropy_distillation": entropy_distillation,

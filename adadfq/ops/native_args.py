@@ -154,6 +154,35 @@ def layout(op: str, x: Tensor, axis: int | None) -> Layout:
     return Layout(x.numel() // (channels * inner), channels, inner)
 
 
+def sample_layout(op: str, x: Tensor, per_sample: bool) -> tuple[Tensor, Layout, int]:
+    """(x, layout, samples) for dense `x` with channels in dimension 1 and, maybe, parameters for each of dimension 0.
+
+    Without `per_sample` there is one sample. With it each is a block of memory: `x` whose dimension 0 is not the
+    outermost is copied.
+    """
+    if not per_sample or x.shape[0] == 1:
+        return x, layout(op, x, 1), 1
+    samples = x.shape[0]
+    if x.stride(0) != x.numel() // samples:
+        x = x.contiguous()
+    # A single channel may have any stride, and `layout` then sees no samples.
+    return x, layout(op, x, 1) if x.shape[1] > 1 else Layout(samples, 1, x.numel() // samples), samples
+
+
+def per_sample_vector(op: str, name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` contiguous, after a check that it is [C] or [N, C] of `dtype` on the device of `x`.
+
+    Raises:
+        InvalidInputError: device, dtype or shape are others.
+    """
+    _check_kind(op, name, tensor, x.device, dtype)
+    if tensor.shape not in (x.shape[:2], x.shape[1:2]):
+        raise _refuse(
+            op, name, f"must have shape {list(x.shape[1:2])} or {list(x.shape[:2])}, got {list(tensor.shape)}"
+        )
+    return tensor.contiguous()
+
+
 def quantizer(
     op: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None, device_type: str
 ) -> tuple[Tensor, Tensor, Tensor, Layout]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from adadfq.errors import InvalidInputError
 from adadfq.ops import native_args, reference
 
-#: The operators of this module whose launchers all backends have, and those that Triton's has not.
+#: The operators of this module whose launchers all backends have, then those that Triton's has not.
 OPERATORS = (
     "fake_quantize",
     "fake_quantize_",
@@ -36,6 +36,8 @@ OPERATORS = (
     "entropy_distillation",
 )
 PACKING = ("quantize_pack", "unpack_dequantize")
+#: Those whose launchers CUDA's C++ has not.
+BATCH_NORM_ACT = ("batch_norm_act", "batch_norm_act_backward")
 
 
 class Backend(Protocol):
@@ -469,6 +471,51 @@ class _Operators:
         )
         return out
 
+    def batch_norm_act(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, negative_slope: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`adadfq.ops.reference.batch_norm_act`; long sums in float64."""
+        op = "batch_norm_act"
+        y = torch.empty_like(x)
+        x = native_args.main_tensor(op, "x", x, self._backend.DEVICE_TYPE)
+        if x.numel() == 0:
+            return reference.batch_norm_act(x, weight, bias, eps, negative_slope)
+        x, weight, bias, layout, samples = _sample_parameters(op, x, weight, bias)
+        out = y if y.stride() == x.stride() else torch.empty_like(x)
+        mean = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
+        var = torch.empty_like(mean)
+        self._backend.launch(op, op, x, x, weight, bias, eps, negative_slope, out, mean, var, layout, samples)
+        return y if out is y else y.copy_(out), mean, var
+
+    def batch_norm_act_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        negative_slope: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`adadfq.ops.reference.batch_norm_act_backward`; long sums in float64."""
+        op = "batch_norm_act_backward"
+        grad_x = torch.empty_like(x)
+        x = native_args.main_tensor(op, "x", x, self._backend.DEVICE_TYPE)
+        if x.numel() == 0:
+            return reference.batch_norm_act_backward(grad_y, x, mean, var, weight, bias, eps, negative_slope)
+        x, weight, bias, layout, samples = _sample_parameters(op, x, weight, bias)
+        grad_y = native_args.like(op, "grad_y", grad_y, x)
+        mean = native_args.vector(op, "mean", mean, x.shape[1], torch.float64, x.device)
+        var = native_args.vector(op, "var", var, x.shape[1], torch.float64, x.device)
+        out = grad_x if grad_x.stride() == x.stride() else torch.empty_like(x)
+        grads = [None if values is None else torch.empty_like(values) for values in (weight, bias)]
+        self._backend.launch(
+            op, op, x, grad_y, x, mean, var, weight, bias, eps, negative_slope, out, *grads, layout, samples
+        )
+        grad_weight, grad_bias = (x.new_empty(0, dtype=torch.float32) if grad is None else grad for grad in grads)
+        return grad_x if out is grad_x else grad_x.copy_(out), grad_weight, grad_bias
+
     def margin_loss(
         self,
         teacher_logits: Tensor,
@@ -524,3 +571,16 @@ class _Operators:
         grad_student = torch.empty_like(student)
         self._backend.launch(op, op, teacher, teacher, student, loss, grad_student, temperature)
         return loss, grad_student
+
+
+def _sample_parameters(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, native_args.Layout, int]:
+    """(x, weight, bias, layout, samples), checked; `x` dense, with samples one after the other where they matter."""
+    per_sample = reference.is_per_sample(weight, bias)
+    if weight is not None:
+        weight = native_args.per_sample_vector(op, "weight", weight, x, torch.float32)
+    if bias is not None:
+        bias = native_args.per_sample_vector(op, "bias", bias, x, torch.float32)
+    x, layout, samples = native_args.sample_layout(op, x, per_sample)
+    return x, weight, bias, layout, samples

@@ -312,6 +312,12 @@ def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tens
 
     mean and var are float64: rounding a mean of 1e4 to float32 moves it by a twentieth of a deviation of 1e-2.
     """
+    mean, var = _moments(x)
+    loss = (mean - running_mean).square().mean() + (var - running_var).square().mean()
+    return loss.to(_compute(x).dtype), mean, var
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     values, dims = _compute(x), _reduced_dims(x)
     rounded = values.mean(dims)
     # Where a channel holds an infinity, its mean is one, and centred values would be NaN.
@@ -320,9 +326,7 @@ def bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tens
     offset = centred.mean(dims).double()
     mean = pivot.double() + offset
     var = centred.square().mean(dims).double() - offset.square()
-    var = torch.where(var < 0, 0, var)
-    loss = (mean - running_mean).square().mean() + (var - running_var).square().mean()
-    return loss.to(values.dtype), mean, var
+    return mean, torch.where(var < 0, 0, var)
 
 
 def bn_match_backward(
@@ -377,6 +381,99 @@ def bn_match_forward_backward(
     slope = _per_axis(_batch_norm_slope(running_var, weight, eps), x.dim(), 1)
     matched = bn_match_backward(grad_loss, _compute(x), mean, var, running_mean, running_var)
     return torch.empty_like(x).copy_(_compute(grad_y) * slope + matched)
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """View `values`, [C] or [N, C], so that they broadcast over `x`."""
+    return values.reshape([*(values.shape if values.dim() == 2 else (1, -1)), *(1 for _ in range(x.dim() - 2))])
+
+
+def is_per_sample(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the parameters of a normalisation are [N, C] rather than [C].
+
+    Raises:
+        InvalidInputError: one is this and the other that.
+    """
+    if weight is not None and bias is not None and weight.dim() != bias.dim():
+        raise InvalidInputError(
+            f"weight and bias must both be [C] or both [N, C], got {list(weight.shape)} and {list(bias.shape)}"
+        )
+    return any(values is not None and values.dim() == 2 for values in (weight, bias))
+
+
+def _normalised(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, x - mean with the mean rounded, du/dx) of :func:`batch_norm_act`."""
+    values = _compute(x)
+    inverse = 1 / torch.sqrt(var + eps)
+    rounded = mean.to(values.dtype)
+    slope = inverse if weight is None else weight.double() * inverse
+    # What rounding the mean leaves out goes to the shift: it may be much of the deviation.
+    shift = slope * (rounded.double() - mean)
+    shift = shift if bias is None else bias.double() + shift
+    slope, shift = (_per_sample(v.to(values.dtype), x) for v in (slope, shift))
+    centred = values - _per_sample(rounded, x)
+    return centred * slope + shift, centred, slope
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, negative_slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean [C], var [C]): BatchNorm with the statistics of the batch, then LeakyReLU.
+
+    u = (x - mean) / sqrt(var + eps) * weight + bias with `weight` and `bias` [C] or [N, C]; y = u where u > 0, else
+    negative_slope u. mean and biased var are float64, as those of :func:`bn_match`.
+    """
+    is_per_sample(weight, bias)
+    mean, var = _moments(x)
+    u, _, _ = _normalised(x, mean, var, weight, bias, eps)
+    return torch.empty_like(x).copy_(torch.where(u > 0, u, negative_slope * u)), mean, var
+
+
+def batch_norm_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x, grad_weight, grad_bias), the last two in the form of `weight` and `bias` ([0] where that is None).
+
+    With g = dL/du and x_hat = (x - mean) / sqrt(var + eps): grad_bias = sum g and grad_weight = sum g x_hat over what
+    shares a weight, and grad_x = (weight g - mean_c(weight g) - x_hat mean_c(weight g x_hat)) / sqrt(var + eps) with
+    averages over each channel.
+    """
+    per_sample = is_per_sample(weight, bias)
+    u, centred, slope = _normalised(x, mean, var, weight, bias, eps)
+    g = _compute(grad_y)
+    g = torch.where(u > 0, g, negative_slope * g)
+    dims = list(range(2, x.dim()))
+    sum_g = (g.sum(dims) if dims else g).double()
+    sum_product = ((g * centred).sum(dims) if dims else g * centred).double()
+    if not per_sample:
+        sum_g, sum_product = sum_g.sum(0), sum_product.sum(0)
+    inverse = 1 / torch.sqrt(var + eps)
+    left_out = mean.to(centred.dtype).double() - mean
+    sum_g_hat = inverse * (sum_product + left_out * sum_g)
+
+    weights = 1 if weight is None else weight.double()
+    count = max(1, x.numel() // max(1, x.shape[1]))
+    mean_g, mean_g_hat = (
+        ((weights * total).sum(0) if per_sample else weights * total) / count for total in (sum_g, sum_g_hat)
+    )
+    factor = -inverse.square() * mean_g_hat
+    offset = factor * left_out - inverse * mean_g
+    offset, factor = (_per_sample(v.to(centred.dtype), x) for v in (offset, factor))
+    grad_x = torch.empty_like(x).copy_(g * slope + (offset + factor * centred))
+    return (
+        grad_x,
+        g.new_empty(0) if weight is None else sum_g_hat.to(g.dtype),
+        g.new_empty(0) if bias is None else sum_g.to(g.dtype),
+    )
 
 
 def _entropy_deficit(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -489,6 +586,8 @@ KERNELS = {
     "bn_match_backward": bn_match_backward,
     "bn_match_forward": bn_match_forward,
     "bn_match_forward_backward": bn_match_forward_backward,
+    "batch_norm_act": batch_norm_act,
+    "batch_norm_act_backward": batch_norm_act_backward,
     "margin_loss": margin_loss,
     "entropy_distillation": entropy_distillation,
 }

@@ -8,10 +8,10 @@ What every backend may rely on, because adadfq.functional sees to it: `bits` is 
 tensors are on one device; `scale` has the compute dtype and `zero_point` is int32, both one-dimensional (where axis is
 None: one element, with or without a dimension); the gradient, or the student's logits, have the dtype and shape of the
 main tensor; logits are [B, K] with B, K >= 1 and labels int64 [B]; running statistics and the parameters of an affine
-map have the compute dtype and shape [C], with channels in dimension 1; `residual` has the dtype and shape of `x`; the
-tensors of a list have one dtype; the state of an activation range has one element each (float32, num_batches int64,
-zero_point int32); `packed` is uint8 and one-dimensional, and holds as many codes as `shape` has elements. Layout is
-free.
+map have the compute dtype and shape [C], with channels in dimension 1 (those of batch_norm_act may be [N, C], both);
+`residual` has the dtype and shape of `x`; the tensors of a list have one dtype; the state of an activation range has
+one element each (float32, num_batches int64, zero_point int32); `packed` is uint8 and one-dimensional, and holds as
+many codes as `shape` has elements. Layout is free.
 
 Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales and losses have it; batch
 statistics are float64. Outputs shaped like an input have its dtype and, where it is dense, its strides.
@@ -166,6 +166,29 @@ def _bn_match_forward_backward(
     return torch.empty_like(x)
 
 
+def _batch_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, negative_slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = (x.new_empty((x.shape[1],), dtype=torch.float64) for _ in range(2))
+    return torch.empty_like(x), mean, var
+
+
+def _batch_norm_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight, grad_bias = (
+        x.new_empty((0,) if values is None else values.shape, dtype=compute_dtype(x.dtype)) for values in (weight, bias)
+    )
+    return torch.empty_like(x), grad_weight, grad_bias
+
+
 def _margin_loss(
     teacher_logits: Tensor,
     student_logits: Tensor,
@@ -264,6 +287,16 @@ OPERATORS = {
         "(Tensor grad_y, Tensor x, Tensor grad_loss, Tensor mean, Tensor var, Tensor running_mean, "
         "Tensor running_var, Tensor? weight, float eps) -> Tensor",
         _bn_match_forward_backward,
+    ),
+    "batch_norm_act": (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, float negative_slope) -> "
+        "(Tensor y, Tensor mean, Tensor var)",
+        _batch_norm_act,
+    ),
+    "batch_norm_act_backward": (
+        "(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+        "float negative_slope) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+        _batch_norm_act_backward,
     ),
     "margin_loss": (
         "(Tensor teacher_logits, Tensor student_logits, Tensor labels, float lambda_l, float lambda_u, "

@@ -34,6 +34,8 @@ _FAMILIES = {
     "affine_act_fake_quantize_backward": "affine_act_fake_quantize",
     "bn_match": "bn_match",
     "bn_match_backward": "bn_match",
+    "batch_norm_act": "batch_norm_act",
+    "batch_norm_act_backward": "batch_norm_act",
     "margin_loss": "logit_losses",
     "entropy_distillation": "logit_losses",
 }
@@ -68,7 +70,10 @@ def launch(op: str, launcher: str, x: Tensor, *arguments: Any) -> None:
         getattr(_kernels(_FAMILIES[launcher]), launcher)(*arguments)
 
 
-KERNELS = operators.kernels(sys.modules[__name__])  # type: ignore[arg-type]
+KERNELS = operators.kernels(
+    sys.modules[__name__],  # type: ignore[arg-type]
+    operators.OPERATORS + operators.BATCH_NORM_ACT,
+)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

@@ -107,15 +107,10 @@ ADADFQ_INLINE void tile_statistics(const T* ADADFQ_RESTRICT x, int64_t rows, int
                                    float* ADADFQ_RESTRICT scratch) {
   float* ADADFQ_RESTRICT first = scratch;
   float* ADADFQ_RESTRICT second = scratch + columns;
-  for (int64_t i = 0; i < 2 * columns; ++i) scratch[i] = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-#pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) {
-      const float d = to_float(x[r * columns + i]) - pivot[i];
-      first[i] += d;
-      second[i] += d * d;
-    }
-  }
+  sums_of_columns(rows, columns, first, second, [&](int64_t r, int64_t i) ADADFQ_INLINE_LAMBDA {
+    const float d = to_float(x[r * columns + i]) - pivot[i];
+    return Two{d, d * d};
+  });
   for (int64_t i = 0; i < columns; ++i) {
     if (second[i] <= FLT_MAX) {
       sum[i] += static_cast<double>(first[i]);
@@ -293,6 +288,14 @@ void channel_moments(const T* x, T* y, const BatchNorm& norm, double* mean, doub
 }
 
 }  // namespace
+
+void channel_moments(const void* x, double* mean, double* var, const Layout& layout, DType dtype,
+                     int threads) {
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    channel_moments<T>(static_cast<const T*>(x), nullptr, BatchNorm{}, mean, var, layout, threads);
+  });
+}
 
 void bn_match(const void* x, const BatchNorm& norm, void* y, float* loss, double* mean, double* var,
               const Layout& layout, DType dtype, int threads) {

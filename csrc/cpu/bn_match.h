@@ -23,6 +23,10 @@ struct BatchNorm {
 void bn_match(const void* x, const BatchNorm& norm, void* y, float* loss, double* mean, double* var,
               const Layout& layout, DType dtype, int threads);
 
+// Only the means and biased variances of x.
+void channel_moments(const void* x, double* mean, double* var, const Layout& layout, DType dtype,
+                     int threads);
+
 // grad_y (values of `dtype`, or null: no gradient but that of the loss), grad_loss: one value. x,
 // out: layout.elements() values of `dtype`. Without grad_y only the running statistics of `norm`
 // are read.

@@ -203,6 +203,36 @@ ADADFQ_INLINE Two sum_of_row(int64_t n, const Value& value) {
   return {sum_short_lanes(first) + rest.first, sum_short_lanes(second) + rest.second};
 }
 
+// first[i], second[i]: sums of value(r, i) over r in [0, rows), for every i in [0, columns). As
+// many columns at a time as there are lanes, whose sums stay in registers.
+template <typename Value>
+ADADFQ_INLINE void sums_of_columns(int64_t rows, int64_t columns, float* ADADFQ_RESTRICT first,
+                                   float* ADADFQ_RESTRICT second, const Value& value) {
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    float a[kLanes] = {0}, b[kLanes] = {0};
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+      for (int j = 0; j < kLanes; ++j) {
+        const Two two = value(r, i + j);
+        a[j] += two.first;
+        b[j] += two.second;
+      }
+    }
+    for (int j = 0; j < kLanes; ++j) first[i + j] = a[j];
+    for (int j = 0; j < kLanes; ++j) second[i + j] = b[j];
+  }
+  for (int64_t k = i; k < columns; ++k) first[k] = second[k] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t k = i; k < columns; ++k) {
+      const Two two = value(r, k);
+      first[k] += two.first;
+      second[k] += two.second;
+    }
+  }
+}
+
 }  // namespace adadfq
 
 #endif  // ADADFQ_CPU_CHANNEL_SUMS_H_
