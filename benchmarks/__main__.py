@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: ops, step, predict, resources, compare, judge, routes, plot, readme, list."""
+"""``python -m benchmarks``: ops, step, accuracy, predict, resources, compare, judge, routes, plot, readme, list."""
 
 from __future__ import annotations
 
@@ -232,6 +232,75 @@ def step(
     _exit_if_wrong(content["rows"])
 
 
+def _integers(_: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected integers separated by commas, got {value!r}", param=param) from None
+
+
+@main.command()
+@click.argument("model")
+@click.option("--weights", type=click.Path(path_type=Path, dir_okay=False), help="The network's weights.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Images to score on: see adadfq evaluate.")
+@click.option("--recipe", required=True, metavar="NAME", help="Settings to start from.")
+@click.option("--weight-bits", type=int, required=True)
+@click.option("--act-bits", type=int, required=True)
+@click.option("--seeds", default="1,2,3", callback=_integers, show_default=True, metavar="INT,...")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Of the recipe, for all runs.")
+@click.option("--vary", "variants", multiple=True, metavar='"FIELD=VALUE ..."', help="Of the recipe: one variant each.")
+@click.option("--device", "device_name", default="cpu", metavar="cpu|cuda", show_default=True, help="Where to run.")
+@click.option("--threads", default=1, show_default=True, help="PyTorch's threads.")
+@_json
+def accuracy(
+    model: str,
+    weights: Path | None,
+    data: Path,
+    recipe: str,
+    weight_bits: int,
+    act_bits: int,
+    seeds: tuple[int, ...],
+    settings: tuple[str, ...],
+    variants: tuple[str, ...],
+    device_name: str,
+    threads: int,
+    json_path: Path | None,
+) -> None:
+    """Train MODEL by variants of a recipe x seeds, and score the last epoch of each run.
+
+    The file is written after every run. Runs that it holds already are not repeated, so that an interrupted grid goes
+    on with the same command.
+    """
+    from adadfq.errors import InvalidInputError
+    from benchmarks import store
+    from benchmarks.accuracy import Grid, parse_settings, train_grid
+    from benchmarks.accuracy_report import run_text, text
+    from benchmarks.environment import describe, machine, pick_device
+
+    varied = tuple(parse_settings(variant.split()) for variant in variants) or ({},)
+    grid = Grid(model, recipe, weight_bits, act_bits, seeds, parse_settings(settings), varied)
+    count = len(grid.runs())  # what does not fit is said before anything is read
+    environment = describe(pick_device(device_name, threads))
+    options = {"set": list(settings), "vary": list(variants), "seeds": list(seeds)}
+    content = store.document("accuracy", environment, options)
+    if json_path is not None and json_path.exists():
+        before = store.read(json_path)
+        if before["kind"] != "accuracy":
+            raise InvalidInputError(f"{json_path} holds results of kind {before['kind']!r}: give another file")
+        content["rows"] = before["rows"]
+    elif json_path is not None:
+        store.write(json_path, content)  # a path that cannot be written is found now
+    click.echo(f"{machine(environment)}: {count} runs, {len(content['rows'])} rows in the file")
+    if environment["native_matches_sources"] is False:
+        click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
+    for row in train_grid(grid, weights, data, environment, list(content["rows"])):
+        content["rows"].append(row)
+        click.echo(run_text(row))
+        if json_path is not None:
+            store.write(json_path, content)
+    click.echo(text(content["rows"]))
+
+
 @main.command()
 @_json
 @click.option("--gpu", "gpu_name", default="h200", show_default=True, help="Whose bandwidth and clocks.")
@@ -368,7 +437,8 @@ def routes(results: tuple[Path, ...], path: Path, dry_run: bool) -> None:
 @click.argument("results", type=_file)
 @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), help="Default: beside the file.")
 def plot(results: Path, folder: Path | None) -> None:
-    """PNG: speed-up against size and a roofline with the copy's line; for a step, images a second."""
+    """PNG: speed-up against size and a roofline with the copy's line; for a step, images a second; for
+    accuracies, their spread and the time an image takes."""
     from benchmarks import store
     from benchmarks.plot import plot as draw
 

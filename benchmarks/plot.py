@@ -10,7 +10,7 @@ from typing import Any
 
 from adadfq import files
 from adadfq.errors import InvalidInputError
-from benchmarks import ratios
+from benchmarks import accuracy_report, ratios
 from benchmarks.cases import TINY
 from benchmarks.environment import machine
 from benchmarks.providers import CLONE, COPY
@@ -21,7 +21,9 @@ _MARKERS = {"forward": "o", "backward": "v", "both": "s"}
 
 
 def names(content: dict[str, Any]) -> tuple[str, ...]:
-    """The plots of a file; none where no row has a time that was measured."""
+    """The plots of a file; none where no row has a time that was measured, or an accuracy."""
+    if content["kind"] == "accuracy":
+        return ("spread",) if any(row["status"] == "ok" for row in content["rows"]) else ()
     if content["kind"] not in TIMED or not any(row["status"] == "ok" for row in content["rows"]):
         return ()
     return ("step",) if content["kind"] == "step" else ("speedup", "roofline")
@@ -36,17 +38,20 @@ def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
     """Write the plots of a file to `folder` as ``<stem>-<plot>.png``; returns their paths.
 
     Raises:
-        InvalidInputError: matplotlib is missing, `folder` does not exist, or no row has a time.
+        InvalidInputError: matplotlib is missing, `folder` does not exist, or no row has a time or an accuracy.
     """
     if not folder.is_dir():
         raise InvalidInputError(f"the directory {folder} does not exist; create it first")
     if not names(content):
-        raise InvalidInputError(f"{stem}: no row has a time: there is nothing to plot")
+        what = "an accuracy" if content["kind"] == "accuracy" else "a time"
+        raise InvalidInputError(f"{stem}: no row has {what}: there is nothing to plot")
     try:
         import matplotlib
     except ImportError as error:
         raise InvalidInputError("plots need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
+    if content["kind"] == "accuracy":
+        return [_save(content, folder / f"{stem}-spread.png", accuracy_report.draw, 1, 2)]
     if content["kind"] == "step":
         return [_save(content, folder / f"{stem}-step.png", _step, 1, 1)]
     ops = list(dict.fromkeys(row["op"] for row in _timed(content)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plot, ratios
+from benchmarks import accuracy_report, plot, ratios
 from benchmarks.cases import LOGIT_LOSSES, TINY
 from benchmarks.environment import machine
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
@@ -114,8 +114,12 @@ _NOTHING = (
 
 def readme_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
     """What README.md holds between :data:`BEGIN` and :data:`END`, the markers included."""
-    parts = [_file_block(path, content) for path, content in stored] or [_NOTHING]
-    return "\n\n".join([BEGIN, *parts, END])
+    trained = [_file_block(path, content) for path, content in stored if content["kind"] == "accuracy"]
+    parts = [_file_block(path, content) for path, content in stored if content["kind"] != "accuracy"]
+    if trained:
+        trained = ["### Precision and batch size", *trained]
+        parts = ["### Speed", *parts] if parts else []
+    return "\n\n".join([BEGIN, *([*trained, *parts] or [_NOTHING]), END])
 
 
 def _file_block(path: Path, content: dict[str, Any]) -> str:
@@ -125,6 +129,8 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
         return _predictions_block(path, content)
     if content["kind"] == "resources":
         return _resources_block(path, content)
+    if content["kind"] == "accuracy":
+        return "\n\n".join([accuracy_report.block(path, content), *_images(path, content)])
     title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
     if content["kind"] == "ops" and environment["device"] == "cpu":
         title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"
@@ -142,9 +148,12 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     for status, text in (("wrong", "Not right, and so without a time: "), ("unavailable", "Could not be run: ")):
         if found := sorted({f"{row['provider']} on `{row['case']}`" for row in rows if row["status"] == status}):
             parts.append(text + ", ".join(found) + ".")
-    if names := plot.names(content):
-        parts.append("\n".join(f"![{name}](benchmarks/results/{path.stem}-{name}.png)" for name in names))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_images(path, content)])
+
+
+def _images(path: Path, content: dict[str, Any]) -> list[str]:
+    links = [f"![{name}](benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(content)]
+    return ["\n".join(links)] if links else []
 
 
 def _predictions_block(path: Path, content: dict[str, Any]) -> str:

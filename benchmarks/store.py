@@ -76,6 +76,33 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "images_per_s": (float, NoneType),
         **_ENVIRONMENT,
     },
+    # Of benchmarks/accuracy.py: a training. Accuracies are in percent, None where training diverged.
+    "accuracy": {
+        "model": (str,),
+        "weights": (str, NoneType),
+        "weights_sha256": (str, NoneType),
+        "data": (str,),
+        "images": (int,),
+        "recipe": (str,),
+        "weight_bits": (int,),
+        "act_bits": (int,),
+        "settings": (dict,),  # what differs from the recipe
+        "variant": (dict,),  # what the grid varies
+        "seed": (int,),
+        "status": (str,),
+        "error": (str, NoneType),
+        "accuracies": (list,),  # after the last epoch of warm-up and every later one
+        "accuracy": (float, NoneType),
+        "teacher_accuracy": (float,),
+        "round_to_nearest": (float, NoneType),
+        "train_seconds": (float,),  # without scoring
+        "steps": (int,),
+        "images_seen": (int,),
+        "step_ms": (float, NoneType),  # median of the epochs in which the student trains
+        "agreement": (float, NoneType),
+        "h_prime": (float, NoneType),
+        **_ENVIRONMENT,
+    },
     # Of benchmarks/predict.py: a row's launches are dicts.
     "predictions": {
         "case": (str,),

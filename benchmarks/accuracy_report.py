@@ -1,0 +1,119 @@
+"""What :mod:`benchmarks.accuracy` found, as text, as a part of the README, and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import Row, Summary, summarize
+from benchmarks.environment import machine
+from benchmarks.tables import markdown_table, number, text_table
+
+
+def run_text(row: Row) -> str:
+    """One run."""
+    (summary,) = summarize([row])
+    head = f"{summary.label}, seed {row['seed']}: "
+    if row["status"] != "ok":
+        return f"{head}{row['status']}: {row['error']}"
+    nearest = "" if row["round_to_nearest"] is None else f", round to nearest {row['round_to_nearest']:.2f}"
+    return (
+        f"{head}{row['accuracy']:.2f} % (teacher {row['teacher_accuracy']:.2f}{nearest}), {row['train_seconds']:.0f} s"
+    )
+
+
+def text(rows: Sequence[Row]) -> str:
+    """A line a variant."""
+    header = ["setting", "seeds", "top-1 %", "teacher", "round to nearest", "steps", "ms an image"]
+    lines = [
+        [
+            summary.label,
+            str(len(summary.accuracies) + summary.diverged),
+            _accuracy(summary, "+-"),
+            f"{summary.teacher:.2f}",
+            _percent(summary.round_to_nearest),
+            str(summary.steps),
+            number(summary.ms_per_image),
+        ]
+        for summary in summarize(rows)
+    ]
+    return text_table(header, lines)
+
+
+def block(path: Path, content: dict[str, Any]) -> str:
+    """The README's part about one file. Of a CPU's times only ratios are shown."""
+    rows, environment = content["rows"], content["environment"]
+    if not rows:
+        return f"**{machine(environment)}** (`benchmarks/results/{path.name}`): no run yet"
+    first = rows[0]
+    title = (
+        f"**{first['model']}, {first['weight_bits']}-bit weights and {first['act_bits']}-bit activations, recipe "
+        f"`{first['recipe']}`**"
+    )
+    if shared := _shared(rows):
+        title += f" with {', '.join(f'`{setting}`' for setting in shared)}"
+    title += f"; {machine(environment)} (`benchmarks/results/{path.name}`)"
+    on_cpu = environment["device"] == "cpu"
+    summaries = summarize(rows)
+    base = summaries[0].ms_per_image
+    lines = []
+    for summary in summaries:
+        time = summary.ms_per_image
+        if on_cpu:
+            cell = "-" if time is None or base is None else f"{number(time / base)}x"
+        else:
+            cell = number(time)
+        cells = [_accuracy(summary, "±"), _percent(summary.round_to_nearest), str(summary.steps), cell]
+        lines.append([f"`{summary.label}`", *cells])
+    header = ["setting", "top-1 %", "round to nearest", "steps", "time an image" if on_cpu else "ms an image"]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    share = first["teacher_accuracy"] / 100
+    error = 100 * (share * (1 - share) / first["images"]) ** 0.5
+    note = (
+        f"Top-1 of the last epoch on {first['images']} images, mean ± sample deviation over seeds {seeds}; the teacher "
+        f"has {first['teacher_accuracy']:.2f} (standard error {error:.2f})."
+    )
+    return "\n\n".join([title, markdown_table(header, lines), note])
+
+
+def _shared(rows: Sequence[Row]) -> list[str]:
+    """``field=value`` of what every run has changed, and no variant varies."""
+    varied = {name for row in rows for name in row["variant"]}
+    items = [(name, value) for name, value in rows[0]["settings"].items() if name not in varied]
+    return [f"{name}={value}" for name, value in items if all(row["settings"].get(name) == value for row in rows)]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _accuracy(summary: Summary, plus_minus: str) -> str:
+    spread = "" if summary.deviation is None else f" {plus_minus} {summary.deviation:.2f}"
+    diverged = f" ({summary.diverged} diverged)" if summary.diverged else ""
+    return f"{_percent(summary.mean)}{spread}{diverged}"
+
+
+def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
+    """Accuracy of every seed with mean and deviation by variant, and beside it the time an image takes."""
+    summaries = summarize(content["rows"])
+    left, right = axes
+    places = range(len(summaries))
+    left.axvline(summaries[0].teacher, color="black", linewidth=0.8, linestyle="--", label="teacher")
+    for place, summary in zip(places, summaries, strict=True):
+        left.plot(summary.accuracies, [place] * len(summary.accuracies), "o", color="C0", alpha=0.4)
+        if summary.mean is not None:
+            left.errorbar(summary.mean, place, xerr=summary.deviation, fmt="s", color="C0", capsize=4)
+        if summary.round_to_nearest is not None:
+            left.plot(summary.round_to_nearest, place, "x", color="C1", label=None if place else "round to nearest")
+    left.set_yticks(places, [summary.label.replace(" ", "\n") for summary in summaries], fontsize=7)
+    left.invert_yaxis()
+    left.set(xlabel="top-1 %, mean ± sample deviation of the seeds")
+    left.legend(fontsize=7)
+
+    on_cpu = content["environment"]["device"] == "cpu"
+    unit = (summaries[0].ms_per_image or 1.0) if on_cpu else 1.0
+    right.barh(places, [(summary.ms_per_image or 0.0) / unit for summary in summaries], color="C2")
+    right.set_yticks(places, [""] * len(summaries))
+    right.invert_yaxis()
+    right.set(xlabel="time an image, of the first's" if on_cpu else "ms an image")
