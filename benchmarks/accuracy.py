@@ -94,6 +94,8 @@ class Grid:
         base = adadfq.Recipe.named(self.recipe, weight_bits=self.weight_bits)
         runs: list[Run] = []
         for seed in self.seeds:
+            if seed < 0:
+                raise InvalidInputError(f"seeds must be at least 0, got {seed}")
             for variant in self.variants:
                 if both := sorted(set(variant) & set(self.settings)):
                     raise InvalidInputError(f"{', '.join(both)} is set for all runs and varied: leave one out")
@@ -240,13 +242,15 @@ class Summary:
     """All seeds of one variant.
 
     Attributes:
+        network: model, recipe and bits.
         label: what is varied.
         accuracies: of the last epoch, one a seed that did not diverge.
         diverged: how many did.
-        deviation: sample deviation of `accuracies`; None with one.
+        round_to_nearest: mean over the seeds.
         ms_per_image: median over the seeds; while the student trains.
     """
 
+    network: str
     label: str
     accuracies: tuple[float, ...]
     diverged: int
@@ -271,7 +275,6 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(key({**row, "seed": None}), []).append(row)
-    several = len({_network(row) for row in rows}) > 1
     summaries = []
     for found in groups.values():
         first = found[0]
@@ -281,7 +284,8 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         times = [row["step_ms"] * row["steps"] / row["images_seen"] for row in found if row["step_ms"] is not None]
         summaries.append(
             Summary(
-                label=f"{_network(first)} {varied}" if several else varied,
+                network=network(first),
+                label=varied,
                 accuracies=tuple(row["accuracy"] for row in ok),
                 diverged=len(found) - len(ok),
                 round_to_nearest=statistics.fmean(nearest) if nearest else None,
@@ -293,5 +297,6 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     return summaries
 
 
-def _network(row: Row) -> str:
+def network(row: Row) -> str:
+    """Model, recipe and bits, in short."""
     return f"{row['model']} {row['recipe']} {row['weight_bits']}w{row['act_bits']}a"

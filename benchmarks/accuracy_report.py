@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import Row, Summary, summarize
+from benchmarks.accuracy import Row, Summary, network, summarize
 from benchmarks.environment import machine
 from benchmarks.tables import markdown_table, number, text_table
 
@@ -28,7 +28,7 @@ def text(rows: Sequence[Row]) -> str:
     header = ["setting", "seeds", "top-1 %", "teacher", "round to nearest", "steps", "ms an image"]
     lines = [
         [
-            summary.label,
+            f"{summary.network} {summary.label}",
             str(len(summary.accuracies) + summary.diverged),
             _accuracy(summary, "+-"),
             f"{summary.teacher:.2f}",
@@ -42,20 +42,20 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def block(path: Path, content: dict[str, Any]) -> str:
-    """The README's part about one file. Of a CPU's times only ratios are shown."""
-    rows, environment = content["rows"], content["environment"]
-    if not rows:
-        return f"**{machine(environment)}** (`benchmarks/results/{path.name}`): no run yet"
-    first = rows[0]
-    title = (
-        f"**{first['model']}, {first['weight_bits']}-bit weights and {first['act_bits']}-bit activations, recipe "
-        f"`{first['recipe']}`**"
-    )
-    if shared := _shared(rows):
-        title += f" with {', '.join(f'`{setting}`' for setting in shared)}"
-    title += f"; {machine(environment)} (`benchmarks/results/{path.name}`)"
-    on_cpu = environment["device"] == "cpu"
-    summaries = summarize(rows)
+    """The README's part about one file: a table for each network and bits. Of a CPU's times only ratios are shown."""
+    parts = [f"**{machine(content['environment'])}** (`benchmarks/results/{path.name}`)"]
+    if not content["rows"]:
+        parts.append("No run is stored yet.")
+    for rows in _by_network(content["rows"]).values():
+        parts += _network_parts(rows, content["environment"]["device"] == "cpu")
+    return "\n\n".join(parts)
+
+
+def _network_parts(rows: Sequence[Row], on_cpu: bool) -> list[str]:
+    first, summaries = rows[0], summarize(rows)
+    changed = ", ".join(f"`{setting}`" for setting in _shared(rows))
+    title = f"{first['model']}, {first['weight_bits']}-bit weights and {first['act_bits']}-bit activations, recipe "
+    title += f"`{first['recipe']}`{' with ' + changed if changed else ''}:"
     base = summaries[0].ms_per_image
     lines = []
     for summary in summaries:
@@ -74,7 +74,14 @@ def block(path: Path, content: dict[str, Any]) -> str:
         f"Top-1 of the last epoch on {first['images']} images, mean ± sample deviation over seeds {seeds}; the teacher "
         f"has {first['teacher_accuracy']:.2f} (standard error {error:.2f})."
     )
-    return "\n\n".join([title, markdown_table(header, lines), note])
+    return [title, markdown_table(header, lines), note]
+
+
+def _by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(network(row), []).append(row)
+    return groups
 
 
 def _shared(rows: Sequence[Row]) -> list[str]:
@@ -95,25 +102,30 @@ def _accuracy(summary: Summary, plus_minus: str) -> str:
 
 
 def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
-    """Accuracy of every seed with mean and deviation by variant, and beside it the time an image takes."""
-    summaries = summarize(content["rows"])
-    left, right = axes
-    places = range(len(summaries))
-    left.axvline(summaries[0].teacher, color="black", linewidth=0.8, linestyle="--", label="teacher")
-    for place, summary in zip(places, summaries, strict=True):
-        left.plot(summary.accuracies, [place] * len(summary.accuracies), "o", color="C0", alpha=0.4)
-        if summary.mean is not None:
-            left.errorbar(summary.mean, place, xerr=summary.deviation, fmt="s", color="C0", capsize=4)
-        if summary.round_to_nearest is not None:
-            left.plot(summary.round_to_nearest, place, "x", color="C1", label=None if place else "round to nearest")
-    left.set_yticks(places, [summary.label.replace(" ", "\n") for summary in summaries], fontsize=7)
-    left.invert_yaxis()
-    left.set(xlabel="top-1 %, mean ± sample deviation of the seeds")
-    left.legend(fontsize=7)
-
+    """A row of fields a network: accuracy of every seed with mean and deviation by variant; the time an image takes."""
     on_cpu = content["environment"]["device"] == "cpu"
-    unit = (summaries[0].ms_per_image or 1.0) if on_cpu else 1.0
-    right.barh(places, [(summary.ms_per_image or 0.0) / unit for summary in summaries], color="C2")
-    right.set_yticks(places, [""] * len(summaries))
-    right.invert_yaxis()
-    right.set(xlabel="time an image, of the first's" if on_cpu else "ms an image")
+    for i, (title, rows) in enumerate(_by_network(content["rows"]).items()):
+        summaries = summarize(rows)
+        left, right = axes[2 * i], axes[2 * i + 1]
+        places = list(range(len(summaries)))
+        left.axvline(summaries[0].teacher, color="black", linewidth=0.8, linestyle="--", label="teacher")
+        for place, summary in zip(places, summaries, strict=True):
+            left.plot(summary.accuracies, [place] * len(summary.accuracies), "o", color="C0", alpha=0.4)
+            if summary.mean is not None:
+                left.errorbar(summary.mean, place, xerr=summary.deviation, fmt="|", markersize=14, color="C0", capsize=4)
+            if summary.round_to_nearest is not None:
+                label = None if place else "round to nearest"
+                left.plot(summary.round_to_nearest, place, "x", color="C1", label=label)
+        left.set_yticks(places, [summary.label.replace(" ", "\n") for summary in summaries], fontsize=7)
+        left.set(title=title, xlabel="top-1 %: seeds, mean ± sample deviation", ylim=(len(summaries) - 0.5, -0.5))
+        left.legend(fontsize=7)
+
+        unit = (summaries[0].ms_per_image or 1.0) if on_cpu else 1.0
+        right.barh(places, [(summary.ms_per_image or 0.0) / unit for summary in summaries], color="C2")
+        right.set_yticks(places, [""] * len(summaries))
+        right.set(xlabel="time an image, of the first's" if on_cpu else "ms an image", ylim=left.get_ylim())
+
+
+def networks(rows: Sequence[Row]) -> int:
+    """How many rows of fields :func:`draw` fills."""
+    return len(_by_network(rows))

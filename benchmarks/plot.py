@@ -51,7 +51,8 @@ def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
         raise InvalidInputError("plots need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     if content["kind"] == "accuracy":
-        return [_save(content, folder / f"{stem}-spread.png", accuracy_report.draw, 1, 2)]
+        fields = accuracy_report.networks(content["rows"])
+        return [_save(content, folder / f"{stem}-spread.png", accuracy_report.draw, fields, 2)]
     if content["kind"] == "step":
         return [_save(content, folder / f"{stem}-step.png", _step, 1, 1)]
     ops = list(dict.fromkeys(row["op"] for row in _timed(content)))

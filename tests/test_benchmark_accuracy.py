@@ -1,0 +1,279 @@
+"""``python -m benchmarks accuracy``: a grid that goes on where it stopped, its file, its tables and its plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import adadfq
+from adadfq.demo import digits
+from adadfq.errors import AdadfqError, InvalidInputError
+from benchmarks import accuracy, accuracy_report, plot, readme, store
+from benchmarks.__main__ import main
+from benchmarks.accuracy import Grid, parse_settings, summarize
+
+pytest.importorskip("sklearn")
+
+DIGITS = "adadfq.demo.digits:DigitsNet"
+IMAGES = 100
+SET = {"batch_size": 8, "epochs": 4, "steps_per_epoch": 3, "warmup_epochs": 2, "calibration_epochs": 2}
+VARIANTS = ("lr_student=0.002", "lr_student=0.001 precision=bfloat16")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``images.npz``: held-out digits, and a ``net.py`` that makes the demo's network."""
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = digits.load_images(held_out=True)
+    pixels = (images[:IMAGES] * digits.STD + digits.MEAN).clamp(0, 1)
+    np.savez(folder / "images.npz", images=pixels.numpy(), labels=labels[:IMAGES].numpy())
+    (folder / "net.py").write_text("from adadfq.demo.digits import load_teacher\n")
+    return folder
+
+
+def run(folder: Path, json_path: Path | None, *more: str, seeds: str = "1,2", variants: Any = VARIANTS) -> Result:
+    arguments = ["accuracy", DIGITS, "--weights", str(digits.WEIGHTS), "--data", str(folder / "images.npz")]
+    arguments += ["--recipe", "digits", "--weight-bits", "2", "--act-bits", "4", "--seeds", seeds]
+    for name, value in SET.items():
+        arguments += ["--set", f"{name}={value}"]
+    for variant in variants:
+        arguments += ["--vary", variant]
+    if json_path is not None:
+        arguments += ["--json", str(json_path)]
+    return CliRunner().invoke(main, [*arguments, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of two variants x two seeds, made by the command."""
+    path = tmp_path_factory.mktemp("results") / "accuracy-precision.json"
+    result = run(files, path)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_rows(trained: Path) -> None:
+    images, labels = digits.load_images(held_out=True)
+    teacher = digits.accuracy(digits.load_teacher(), images[:IMAGES], labels[:IMAGES])
+    rows = store.read(trained)["rows"]
+    assert [(row["seed"], row["settings"]["lr_student"]) for row in rows] == [
+        (1, 0.002),
+        (1, 0.001),
+        (2, 0.002),
+        (2, 0.001),
+    ]
+    assert rows[0]["settings"] == {**SET, "lr_student": 0.002}
+    assert rows[1]["settings"] == {**SET, "lr_student": 0.001, "precision": "bfloat16"}
+    assert [row["variant"] for row in rows[:2]] == [
+        {"lr_student": 0.002},
+        {"lr_student": 0.001, "precision": "bfloat16"},
+    ]
+    for row in rows:
+        assert row["teacher_accuracy"] == pytest.approx(teacher) and teacher > 95
+        assert row["images"] == IMAGES and row["status"] == "ok"
+        assert (row["steps"], row["images_seen"]) == (12, 96)
+        assert len(row["accuracies"]) == 3  # after the last epoch of warm-up and both later ones
+        assert row["round_to_nearest"] == row["accuracies"][0] and row["accuracy"] == row["accuracies"][-1]
+        assert 0 < row["step_ms"] * 2 * 3 < 1e3 * row["train_seconds"]
+        assert 0 <= row["agreement"] <= 1 and 0 <= row["h_prime"] <= 1
+        assert (row["threads"], row["recipe"], row["weight_bits"], row["act_bits"]) == (1, "digits", 2, 4)
+    assert len({row["accuracy"] for row in rows}) > 1
+
+
+def test_a_row_is_what_the_trainer_gives(trained: Path) -> None:
+    row = store.read(trained)["rows"][2]
+    teacher = digits.load_teacher()
+    student = adadfq.quantize(teacher, 2, 4)
+    recipe = adadfq.Recipe.named("digits", **SET, lr_student=0.002)
+    result = adadfq.Trainer(teacher, student, recipe, seed=2, progress=False).fit()
+    images, labels = digits.load_images(held_out=True)
+    assert digits.accuracy(student, images[:IMAGES], labels[:IMAGES]) == pytest.approx(row["accuracy"])
+    assert result.metrics["agreement"] == pytest.approx(row["agreement"])
+    assert result.metrics["h_prime"] == pytest.approx(row["h_prime"])
+
+
+def test_scoring_is_no_time_of_training(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def slow(model: Any, images: Any, **_: Any) -> Any:
+        nonlocal clock
+        clock += 1000
+        return scored(model, images)
+
+    scored = accuracy.scoring.accuracy
+    monkeypatch.setattr(accuracy.scoring, "accuracy", slow)
+    play = adadfq.Trainer.play
+
+    def timed(trainer: adadfq.Trainer, train_student: bool = True) -> Any:
+        nonlocal clock
+        clock += 0.25 if train_student else 0.125
+        return play(trainer, train_student)
+
+    monkeypatch.setattr(adadfq.Trainer, "play", timed)
+    monkeypatch.setattr(accuracy.time, "perf_counter", lambda: clock)
+    grid = Grid(f"{files / 'net.py'}:load_teacher", "digits", 4, 4, (1,), SET)
+    (row,) = accuracy.train_grid(grid, None, files / "images.npz", {"device": "cpu", "threads": 1})
+    assert row["train_seconds"] == 6 * 0.125 + 6 * 0.25 and row["step_ms"] == 250
+    assert row["variant"] == {} and (row["weights"], row["weights_sha256"]) == (None, None)
+    assert row["model"] == "net.py:load_teacher"
+
+
+def test_an_interrupted_grid_goes_on(
+    trained: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "grid.json"
+    result = run(files, path, seeds="1")
+    assert result.exit_code == 0 and len(store.read(path)["rows"]) == 2, result.output
+    before = store.read(path)["rows"]
+    built = []
+    trainer = adadfq.Trainer
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        built.append(options["seed"])
+        if len(built) == 2:
+            raise KeyboardInterrupt
+        return trainer(*arguments, **options)
+
+    monkeypatch.setattr(adadfq, "Trainer", counting)
+    assert run(files, path).exit_code != 0
+    assert built == [2, 2] and store.read(path)["rows"][:2] == before and len(store.read(path)["rows"]) == 3
+    monkeypatch.undo()
+    assert run(files, path).exit_code == 0
+    timeless = ("train_seconds", "step_ms", "date")
+    assert [{k: v for k, v in row.items() if k not in timeless} for row in store.read(path)["rows"]] == [
+        {k: v for k, v in row.items() if k not in timeless} for row in store.read(trained)["rows"]
+    ]
+    monkeypatch.setattr(adadfq, "Trainer", None)  # nothing is left to train
+    content = path.read_bytes()
+    again = run(files, path)
+    assert again.exit_code == 0 and "4 rows in the file" in again.output and path.read_bytes() == content
+    # Other bits are other runs, in the same file.
+    monkeypatch.undo()
+    assert run(files, path, "--act-bits", "5", seeds="1", variants=VARIANTS[:1]).exit_code == 0
+    assert [row["act_bits"] for row in store.read(path)["rows"]] == [4, 4, 4, 4, 5]
+    text = accuracy_report.block(path, store.read(path))
+    assert text.count("| setting |") == 2 and "5-bit activations" in text
+
+
+def test_divergence_is_a_result(trained: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = adadfq.Trainer._check_finite
+
+    def diverging(trainer: adadfq.Trainer, rows: Any) -> None:
+        if trainer.epoch == 2 and trainer.seed == 2 and trainer.recipe.lr_student == 0.002:
+            raise AdadfqError("loss_student is nan")
+        check(trainer, rows)
+
+    monkeypatch.setattr(adadfq.Trainer, "_check_finite", diverging)
+    result = run(files, tmp_path / "diverged.json")
+    assert result.exit_code == 0 and "seed 2: diverged: loss_student is nan" in result.output
+    content = store.read(tmp_path / "diverged.json")
+    row = content["rows"][2]
+    assert (row["status"], row["accuracy"], row["step_ms"], row["h_prime"]) == ("diverged", None, None, None)
+    assert row["accuracies"] == [row["round_to_nearest"]] and row["steps"] == 9
+    first, second = summarize(content["rows"])
+    assert (first.diverged, len(first.accuracies), first.deviation) == (1, 1, None)
+    assert (second.diverged, len(second.accuracies)) == (0, 2)
+    assert "(1 diverged)" in accuracy_report.block(tmp_path, content)
+    assert plot.plot(content, "diverged", tmp_path) == [tmp_path / "diverged-spread.png"]
+
+
+def test_nothing_names_a_path(trained: Path, files: Path) -> None:
+    text = trained.read_text()
+    assert str(files) not in text and str(digits.WEIGHTS.parent) not in text and str(trained.parent) not in text
+    row = json.loads(text)["rows"][0]
+    assert (row["model"], row["weights"], row["data"]) == (DIGITS, "digits.safetensors", "images.npz")
+    assert len(row["weights_sha256"]) == 64
+
+
+def test_the_summary_is_mean_and_sample_deviation(trained: Path) -> None:
+    rows = store.read(trained)["rows"]
+    for row, value in zip(rows, (60.0, 10.0, 70.0, 20.0), strict=True):
+        row |= {"accuracy": value, "step_ms": SET["batch_size"] * 2 * value, "teacher_accuracy": 75.0, "images": 12}
+    first, second = summarize(rows)
+    assert (first.label, second.label) == ("lr_student=0.002", "lr_student=0.001 precision=bfloat16")
+    assert (first.mean, first.deviation) == (65, statistics.stdev([60, 70]))
+    assert (first.ms_per_image, second.ms_per_image) == (130, 30)
+    text = accuracy_report.text(rows)
+    assert "65.00 +- 7.07" in text and "15.00 +- 7.07" in text and "75.00" in text
+    content = {**store.read(trained), "rows": rows}
+    block = accuracy_report.block(trained, content)
+    assert "| 65.00 ± 7.07 |" in block and "| 1x |" in block and "| 0.231x |" in block
+    assert "| 130 |" not in block and "seeds 1, 2" in block and "the teacher has 75.00 (standard error 12.50)" in block
+    assert "`epochs=4`" in block and "`lr_student=0.002`" in block and "with `lr_student" not in block
+    content["environment"] = content["environment"] | {"device": "cuda"}
+    assert "| 130 |" in accuracy_report.block(trained, content)
+
+
+def test_readme_has_a_section_where_there_is_a_file(trained: Path, tmp_path: Path) -> None:
+    page, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    page.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    readme.update(page, results)
+    assert "Precision and batch size" not in page.read_text()
+    (results / trained.name).write_bytes(trained.read_bytes())
+    written = readme.update(page, results)
+    assert {path.name for path in written} == {"README.md", "accuracy-precision-spread.png"}
+    text = page.read_text()
+    assert "### Precision and batch size\n" in text and "Nothing measured" not in text and "### Speed" not in text
+    assert "![spread](benchmarks/results/accuracy-precision-spread.png)" in text
+    assert readme.stale(page, results) == []
+    content = store.read(trained)
+    content["rows"] = []
+    with pytest.raises(InvalidInputError, match="no row has an accuracy"):
+        plot.plot(content, "empty", tmp_path)
+
+
+def test_settings_are_read_as_the_options_of_quantize() -> None:
+    found = parse_settings(
+        ["epochs=8", "lr_student=4e-4", "nesterov=false", "lr_milestones=10,20", "precision=bfloat16"]
+    )
+    assert found == {
+        "epochs": 8,
+        "lr_student": 4e-4,
+        "nesterov": False,
+        "lr_milestones": (10, 20),
+        "precision": "bfloat16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--set", "epoch=8"), "expected field=value with a field of the recipe, got 'epoch=8'"),
+        (("--set", "detach_min"), "got 'detach_min'"),
+        (("--set", "alpha_ds=much"), "alpha_ds=much: 'much' is not a valid float"),
+        (("--set", "epochs=5"), "epochs is set twice"),
+        (("--set", "momentum=2"), "momentum must be"),
+        (("--vary", "epochs=5"), "epochs is set for all runs and varied"),
+        (("--vary", VARIANTS[0]), "two runs are the same: seed 1"),
+        (("--seeds", "1,1"), "two runs are the same: seed 1"),
+        (("--seeds", "-1"), "seeds must be at least 0"),
+        (("--weight-bits", "9"), "weight_bits"),
+        (("--threads", "0"), "threads must be at least 1"),
+        (("--data", "absent.zip"), "absent.zip does not exist"),
+        (("--recipe", "cifar1000"), "recipe must be one of"),
+    ],
+)
+def test_errors_are_one_line(files: Path, more: tuple[str, ...], message: str) -> None:
+    result = run(files, None, *more)
+    assert result.exit_code == 2 and message in result.output
+    assert result.output.count("error: ") == 1 and "Traceback" not in result.output
+
+
+def test_files_of_another_kind_are_not_written_over(files: Path, trained: Path, tmp_path: Path) -> None:
+    content = store.document("step", store.read(trained)["environment"], {})
+    store.write(tmp_path / "step.json", content)
+    result = run(files, tmp_path / "step.json")
+    assert result.exit_code == 2 and "holds results of kind 'step': give another file" in result.output
+    assert store.read(tmp_path / "step.json") == content
+
+
+def test_a_built_in_needs_weights() -> None:
+    with pytest.raises(InvalidInputError, match="give them with --weights"):
+        accuracy.load_teacher("resnet20", None, 10)
