@@ -16,9 +16,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv_transpose2d, leaky_relu
+from torch.nn.functional import batch_norm, conv_transpose2d, leaky_relu
 
-from adadfq import checks
+from adadfq import checks, functional
 from adadfq.errors import InvalidInputError
 from adadfq.recipe import Recipe
 
@@ -29,30 +29,59 @@ INNER_EPS = 0.8
 FIRST_EPS = 1e-5
 
 
+def _batch_norm_act(
+    norm: nn.BatchNorm2d, x: Tensor, weight: Tensor | None, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    """LeakyReLU of `norm` on `x` with that scale and shift, in one pass in train mode."""
+    if not norm.training:
+        return _inference(norm, x, weight, bias, negative_slope)
+    y, mean, var = functional.batch_norm_act(x, weight, bias, norm.eps, negative_slope)
+    norm.num_batches_tracked.add_(1)
+    count = x.numel() // x.shape[1]
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    return y
+
+
+def _inference(
+    norm: nn.BatchNorm2d, x: Tensor, weight: Tensor | None, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    y = batch_norm(x, norm.running_mean, norm.running_var, eps=norm.eps)
+    if weight is not None and bias is not None:
+        y = y * weight[..., None, None] + bias[..., None, None]
+    return leaky_relu(y, negative_slope)
+
+
 class ConditionalBatchNorm2d(nn.Module):
-    """BatchNorm whose scale and shift are looked up by class; starts as plain BatchNorm.
+    """BatchNorm whose scale and shift are looked up by class, then LeakyReLU; starts as plain BatchNorm.
 
     Shape: input [N, C, H, W], labels int64 [N].
     """
 
-    def __init__(self, num_classes: int, num_features: int, eps: float = FIRST_EPS) -> None:
+    def __init__(
+        self, num_classes: int, num_features: int, eps: float = FIRST_EPS, negative_slope: float = 1.0
+    ) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(num_features, eps, affine=False)
         self.weight = nn.Embedding(num_classes, num_features)
         self.bias = nn.Embedding(num_classes, num_features)
+        self.negative_slope = negative_slope
         nn.init.ones_(self.weight.weight)
         nn.init.zeros_(self.bias.weight)
 
     def forward(self, input: Tensor, labels: Tensor) -> Tensor:
-        weight, bias = self.weight(labels)[:, :, None, None], self.bias(labels)[:, :, None, None]
-        return self.norm(input) * weight + bias
+        return _batch_norm_act(self.norm, input, self.weight(labels), self.bias(labels), self.negative_slope)
 
 
 class _Norm(nn.BatchNorm2d):
-    """Plain BatchNorm with the signature of the conditional one."""
+    """Plain BatchNorm and LeakyReLU with the signature of the conditional one."""
+
+    def __init__(self, num_features: int, eps: float, negative_slope: float) -> None:
+        super().__init__(num_features, eps)
+        self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, labels: Tensor) -> Tensor:
-        return super().forward(input)
+        return _batch_norm_act(self, input, self.weight, self.bias, self.negative_slope)
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -83,10 +112,15 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 class _Generator(nn.Module):
-    """What both share; `norm` makes an inner norm from (num_features, eps), called with (input, labels)."""
+    """What both share; `norm` makes an inner norm from (num_features, eps, slope), called with (input, labels)."""
 
     def __init__(
-        self, num_classes: int, image_size: int, channels: int, latent_dim: int, norm: Callable[[int, float], nn.Module]
+        self,
+        num_classes: int,
+        image_size: int,
+        channels: int,
+        latent_dim: int,
+        norm: Callable[[int, float, float], nn.Module],
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("channels", channels), ("latent_dim", latent_dim)):
@@ -96,20 +130,20 @@ class _Generator(nn.Module):
         self.num_classes, self.latent_dim = num_classes, latent_dim
         self.start_size = image_size // 4
         self.project = nn.Linear(latent_dim, 128 * self.start_size**2)
-        self.norm1 = norm(128, FIRST_EPS)
+        self.norm1 = norm(128, FIRST_EPS, 1.0)
         self.conv2 = UpsampledConv2d(128, 128)
-        self.norm2 = norm(128, INNER_EPS)
+        self.norm2 = norm(128, INNER_EPS, 0.2)
         self.conv3 = UpsampledConv2d(128, 64)
-        self.norm3 = norm(64, INNER_EPS)
+        self.norm3 = norm(64, INNER_EPS, 0.2)
         self.to_image = nn.Conv2d(64, channels, 3, padding=1)
         self.image_norm = nn.BatchNorm2d(channels, affine=False)
 
     def _images(self, latent: Tensor, labels: Tensor) -> Tensor:
         x = self.project(latent).reshape(-1, 128, self.start_size, self.start_size)
         x = self.norm1(x.contiguous(memory_format=torch.channels_last), labels)
-        x = leaky_relu(self.norm2(self.conv2(x), labels), 0.2, inplace=True)
-        x = leaky_relu(self.norm3(self.conv3(x), labels), 0.2, inplace=True)
-        return self.image_norm(self.to_image(x).tanh())
+        x = self.norm2(self.conv2(x), labels)
+        x = self.norm3(self.conv3(x), labels)
+        return _batch_norm_act(self.image_norm, self.to_image(x).tanh_(), None, None, 1.0)
 
 
 class LabelEmbeddingGenerator(_Generator):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adadfq import checks
-from adadfq.errors import AdadfqError, InvalidInputError
+from adadfq.errors import BackendError, InvalidInputError
 from adadfq.game import BatchNormMatch
 from adadfq.nn import activations, frozen_ranges
 from adadfq.recipe import Recipe
@@ -100,9 +100,9 @@ def _untouched(generator: nn.Module, device: torch.device) -> Iterator[None]:
 def _attempt(name: str, what: str, model: nn.Module, *inputs: Tensor) -> Any:
     try:
         return model(*inputs)
-    except (AdadfqError, torch.OutOfMemoryError):
+    except (BackendError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (InvalidInputError, RuntimeError, ValueError, TypeError, IndexError) as error:
         raise InvalidInputError(f"the {name} does not take {what}: {error}") from error
 
 

@@ -232,3 +232,23 @@ def test_torchvision_networks_are_fused_whole(
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(fused(x), student(x), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(adadfq.fuse(teacher)(x.float()), teacher(x.float()), rtol=1e-3, atol=1e-4)
+
+
+def test_fused_networks_compile_without_a_graph_break() -> None:
+    torch.manual_seed(0)
+    teacher = toy_teacher().requires_grad_(False)
+    student = _student(copy.deepcopy(teacher).requires_grad_(True), (4, 3, 8, 8), dtype=torch.float32)
+    x = torch.randn(4, 3, 8, 8)
+    fused = adadfq.fuse(student)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    seed = torch.randn(4, 10)
+    for got, want in zip(_gradients(compiled, x, seed), _gradients(fused, x, seed), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    fused = adadfq.fuse(teacher)
+    match = BatchNormMatch(fused)
+    losses = []
+    for model in (torch.compile(fused, backend="aot_eager", fullgraph=True), fused):
+        with match.watching():
+            model(x.clone().requires_grad_())
+        losses.append(match.loss())
+    torch.testing.assert_close(*losses)
