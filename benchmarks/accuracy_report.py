@@ -112,7 +112,9 @@ def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
         for place, summary in zip(places, summaries, strict=True):
             left.plot(summary.accuracies, [place] * len(summary.accuracies), "o", color="C0", alpha=0.4)
             if summary.mean is not None:
-                left.errorbar(summary.mean, place, xerr=summary.deviation, fmt="|", markersize=14, color="C0", capsize=4)
+                left.errorbar(
+                    summary.mean, place, xerr=summary.deviation, fmt="|", markersize=14, color="C0", capsize=4
+                )
             if summary.round_to_nearest is not None:
                 label = None if place else "round to nearest"
                 left.plot(summary.round_to_nearest, place, "x", color="C1", label=label)
