@@ -108,7 +108,9 @@ FAMILY = {
         "affine_act_quantize",
     ],
     "channel_tiles": [
-        op for op in triton.KERNELS if op.startswith(("bn_match", "batch_norm", "dynamic")) or op.endswith("quantize_backward")
+        op
+        for op in triton.KERNELS
+        if op.startswith(("bn_match", "batch_norm", "dynamic")) or op.endswith("quantize_backward")
     ],
     "rows": ["foreach_dynamic_fake_quantize"],
 }
