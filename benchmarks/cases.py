@@ -7,6 +7,7 @@ one network with equal shapes are one case that goes by the first one's name and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ SUITES = ("quick", "judged", "gpu", "full")
 LOGITS = ((16, 10), (16, 100), (16, 1000), (64, 100), (128, 10), (128, 1000), (256, 10), (256, 1000), (1024, 1000))
 LOGIT_LOSSES = ("margin_loss", "entropy_distillation")
 PACKING = ("quantize_pack", "unpack_dequantize")
+#: Inputs of the generators' norms by image size, and whether LeakyReLU follows.
+GENERATOR_NORMS = {
+    size: (
+        ("norm1", (128, size // 4, size // 4), False),
+        ("norm2", (128, size // 2, size // 2), True),
+        ("norm3", (64, size, size), True),
+        ("image_norm", (3, size, size), False),
+    )
+    for size in (32, 224)
+}
 #: Of quantised tensors, and of packed codes.
 BITS = 4
 #: Name of the shape on which a call costs nothing but its overhead.
@@ -51,6 +62,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "unpack_dequantize": ("forward",),
     "bn_match": PASSES,
     "bn_match_forward": PASSES,
+    "batch_norm_act": PASSES,
     "margin_loss": PASSES,
     "entropy_distillation": PASSES,
 }
@@ -135,6 +147,8 @@ class Case:
             "bn_match": (1, 2),
             # x -> y; grad, x -> dx
             "bn_match_forward": (2, 3),
+            # x, for the statistics, and again -> y; grad, x, for the sums, and again -> dx
+            "batch_norm_act": (3, 5),
             # both logits -> scalars; both logits -> the gradients of both, or of the student's
             "margin_loss": (2, 4, 4),
             "entropy_distillation": (2, 3, 3),
@@ -238,6 +252,19 @@ def _packed_tensor_cases() -> Iterator[Case]:
             yield Case(op, "per_tensor", where, (shape,), dtype, "contiguous", "forward", (layer,))
 
 
+def _generator_cases() -> Iterator[Case]:
+    """The norms of both generators: plain ones, and class-conditional ones but for the last."""
+    for size, norms in GENERATOR_NORMS.items():
+        for name, shape, is_active in norms:
+            variants = ["channel"] if name == "image_norm" else ["channel", "sample"]
+            for batch in BATCHES if size == 32 else BATCHES[:1]:
+                where = f"generator@{size}.{name}/b{batch}"
+                for variant, dtype, layout in itertools.product(variants, DTYPES, LAYOUTS):
+                    variant += "_leaky" if is_active else ""
+                    for pass_ in OPERATORS["batch_norm_act"]:
+                        yield Case("batch_norm_act", variant, where, ((batch, *shape),), dtype, layout, pass_)
+
+
 def _tiny_cases() -> Iterator[Case]:
     """One call of every operator on next to no data: what Python, the framework and the dispatch cost."""
     variants = {
@@ -249,6 +276,7 @@ def _tiny_cases() -> Iterator[Case]:
         "affine_act_fake_quantize": "relu_residual_frozen",
         "affine_act_quantize": "relu_residual",
         **dict.fromkeys(PACKING, "per_tensor"),
+        "batch_norm_act": "sample_leaky",
     }
     for op, passes in OPERATORS.items():
         pass_ = "both" if "both" in passes else "forward"
@@ -259,7 +287,7 @@ def _tiny_cases() -> Iterator[Case]:
 @cache
 def registry() -> tuple[Case, ...]:
     """Every case of the suite, by operator in the order of :data:`OPERATORS`."""
-    found = [*_tiny_cases(), *_logit_cases(), *_packed_tensor_cases()]
+    found = [*_tiny_cases(), *_logit_cases(), *_packed_tensor_cases(), *_generator_cases()]
     for network in NETWORKS:
         found += [*_activation_cases(network), *_weight_cases(network)]
     order = list(OPERATORS)
@@ -275,6 +303,7 @@ _QUICK = (
     "observe_fake_quantize/*/resnet20@32.conv1/b16/float32/contiguous/forward",
     "affine_act_fake_quantize/relu_residual*/resnet20@32.layer1.0.conv2/b16/float32/contiguous/*",
     "bn_match*/*/resnet20@32.conv1/b16/float32/contiguous/both",
+    "batch_norm_act/*/generator@32.norm3/b16/float32/channels_last/both",
     "*/logits/b16k10/float32/*/both",
 )
 
@@ -320,6 +349,12 @@ _JUDGED = (
             ("b16", "bfloat16", "contiguous"),
             ("b128", "float32", "contiguous"),
         )
+    ),
+    *(
+        f"batch_norm_act/{variant}_leaky/{where}/b16/{dtype}/channels_last/both"
+        for variant in ("channel", "sample")
+        for where in ("generator@32.norm2", "generator@32.norm3", "generator@224.norm3")
+        for dtype in ("float32", "bfloat16")
     ),
     *(
         f"margin_loss/{variant}/logits/{size}/float32/contiguous/both"
@@ -370,6 +405,7 @@ _GPU = (
     *_huge("affine_act_fake_quantize", "{act}_frozen", "backward", _THREE[2:]),
     *_huge("bn_match_forward", "-", "both", _THREE[:2]),
     *_huge("observe_fake_quantize", "per_tensor", "forward", _THREE[:1]),
+    *(f"batch_norm_act/sample_leaky/generator@{size}.norm3/b16/float32/channels_last/both" for size in (32, 224)),
     *(f"margin_loss/-/logits/{size}/float32/contiguous/both" for size in ("b16k10", "b1024k1000")),
     "entropy_distillation/-/logits/b1024k1000/float32/contiguous/both",
     "*/tiny/*",

@@ -196,6 +196,17 @@ def bn_match_forward(
     return y, bn_match(x, running_mean, running_var)
 
 
+def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, negative_slope: float) -> Tensor:
+    """BatchNorm in training and LeakyReLU; parameters [C] or [N, C]."""
+    if weight.dim() == 1:
+        # On 16 bits it computes in float32 too.
+        y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    else:
+        places = [*weight.shape, *[1] * (x.dim() - 2)]
+        y = F.batch_norm(_compute(x), None, None, training=True, eps=eps) * weight.view(places) + bias.view(places)
+    return (F.leaky_relu_(y, negative_slope) if negative_slope < 1 else y).to(x.dtype)
+
+
 def margin_loss(
     teacher: Tensor,
     student: Tensor,

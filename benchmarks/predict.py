@@ -93,8 +93,8 @@ def chosen() -> list[Case]:
 
 
 def serves(backend: str, case: Case) -> bool:
-    """Whether a backend has kernels for the operator of a case; Triton has none for packing."""
-    return backend != "triton" or case.op not in PACKING
+    """Whether a backend has kernels for the operator of a case; Triton has none for packing, CUDA C++ no BatchNorm."""
+    return case.op not in PACKING if backend == "triton" else case.op != "batch_norm_act"
 
 
 def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
@@ -147,6 +147,13 @@ def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
         if forward:
             return case.op, (x, *running, vector(channels), vector(channels), 1e-5)
         return "bn_match_forward_backward", (tensor(), x, scalar(), *found, *running, vector(channels), 1e-5)
+    if case.op == "batch_norm_act":
+        form, _, act = case.variant.partition("_")
+        shape = case.shapes[0][1:2] if form == "channel" else case.shapes[0][:2]
+        settings = (torch.empty(shape), torch.empty(shape), 1e-5, 0.2 if act else 1.0)
+        if forward:
+            return case.op, (x, *settings)
+        return "batch_norm_act_backward", (tensor(), x, vector(channels, float64), vector(channels, float64), *settings)
     if case.op == "margin_loss":
         labels = torch.empty(case.shapes[0][0], dtype=torch.int64)
         return case.op, (x, tensor(), labels, 0.3, 0.6, 0.2, 0.1, 0.7, False)

@@ -349,6 +349,47 @@ def _bn_match_forward(case: Case, inputs: _Inputs) -> Problem:
     )
 
 
+def _batch_norm_act(case: Case, inputs: _Inputs) -> Problem:
+    (shape,) = case.shapes
+    form, _, act = case.variant.partition("_")
+    negative_slope = 0.2 if act else 1.0
+    size = shape[1] if form == "channel" else shape[0] * shape[1]
+    parameters = [
+        inputs.uniform(size, lo, lo + 1).view(shape[1:2] if form == "channel" else shape[:2]) for lo in (0.5, -0.5)
+    ]
+    args, grad = [inputs.normal(shape), *parameters], inputs.normal(shape)
+
+    def gradient_slack() -> list[Tensor | None]:
+        x, weight, bias = (value.double() for value in args)
+        others = [d for d in range(x.dim()) if d != 1]
+        var, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+        inverse = (var + EPS).rsqrt()
+        x_hat = (x - mean) * inverse
+        places = [*([1] if form == "channel" else []), *weight.shape, *[1] * (x.dim() - 2)]
+        weight, bias = weight.view(places), bias.view(places)
+        jump = near_kink(x_hat * weight + bias, "relu") * grad.double().abs() * (1 - negative_slope)
+        shared = others if form == "channel" else others[1:]
+        # PyTorch rounds the activation's gradient to 16 bits before it sums; a deviation of the sum of such errors is
+        # about a third of a unit of what sums of squares say.
+        unit = 8 * torch.finfo(case.torch_dtype).eps if case.torch_dtype.itemsize == 2 else 0.0
+        g = grad.double()
+        rounded = [unit * (g * factor).square().sum(shared).sqrt() for factor in (x_hat, 1)]
+        return [
+            jump * weight.abs() * inverse,
+            (jump * x_hat.abs()).sum(shared) + rounded[0],
+            jump.sum(shared) + rounded[1],
+        ]
+
+    return Problem(
+        args=args,
+        ours=lambda x, w, b: (functional.batch_norm_act(x, w, b, EPS, negative_slope).y,),
+        plain=lambda x, w, b: (plain.batch_norm_act(x, w, b, EPS, negative_slope),),
+        wanted=[0, 1, 2],
+        grads=[grad],
+        gradient_slack=gradient_slack,
+    )
+
+
 def _logits(case: Case, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     (shape,) = case.shapes
     return inputs.normal(shape, 2), inputs.normal(shape, 2), inputs.integers(shape[0], shape[1], torch.int64)
@@ -395,6 +436,7 @@ _BUILDERS: dict[str, Callable[[Case, Any], Problem]] = {
     "unpack_dequantize": _unpack_dequantize,
     "bn_match": _bn_match,
     "bn_match_forward": _bn_match_forward,
+    "batch_norm_act": _batch_norm_act,
     "margin_loss": _margin_loss,
     "entropy_distillation": _entropy_distillation,
 }

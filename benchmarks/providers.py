@@ -47,6 +47,7 @@ _BACKWARD = {
     "affine_act_fake_quantize": "affine_act_fake_quantize_backward",
     "bn_match": "bn_match_backward",
     "bn_match_forward": "bn_match_forward_backward",
+    "batch_norm_act": "batch_norm_act_backward",
 }
 
 

@@ -12,6 +12,7 @@
 
 #include "../csrc/common/packing.h"
 #include "../csrc/cpu/affine_act_fake_quantize.h"
+#include "../csrc/cpu/batch_norm_act.h"
 #include "../csrc/cpu/bn_match.h"
 #include "../csrc/cpu/dynamic_fake_quantize.h"
 #include "../csrc/cpu/fake_quantize.h"
@@ -274,6 +275,38 @@ void drive_bn_match(const Layout& layout, DType dtype, int threads) {
   expect(y.written(), "bn_match's BatchNorm", layout, dtype);
 }
 
+void drive_batch_norm_act(const Layout& layout, DType dtype, int threads) {
+  const int64_t n = layout.elements();
+  if (n == layout.channels) return;  // one value a channel has no variance
+  for (const int64_t samples : {int64_t{1}, layout.outer}) {
+    const int64_t parameters = samples * layout.channels;
+    Values x(n, dtype), grad_y(n, dtype);
+    Floats weight(parameters), bias(parameters);
+    std::unique_ptr<double[]> mean(new double[layout.channels]), var(new double[layout.channels]);
+    x.fill();
+    grad_y.fill();
+    weight.fill();
+    bias.fill();
+    for (const bool affine : {false, true}) {
+      Values y(n, dtype), grad_x(n, dtype);
+      Floats grad_weight(parameters), grad_bias(parameters);
+      const BatchNormAct norm{affine ? weight.floats() : nullptr, affine ? bias.floats() : nullptr,
+                              samples, 1e-3, 0.2f};
+      mean[layout.channels - 1] = var[layout.channels - 1] = -1;
+      batch_norm_act(x.data(), norm, y.data(), mean.get(), var.get(), layout, dtype, threads);
+      expect(y.written() && var[layout.channels - 1] >= 0, "batch_norm_act", layout, dtype);
+      batch_norm_act_backward(grad_y.data(), x.data(), mean.get(), var.get(), norm, grad_x.data(),
+                              affine ? grad_weight.floats() : nullptr,
+                              affine ? grad_bias.floats() : nullptr, layout, dtype, threads);
+      expect(grad_x.written(), "batch_norm_act_backward", layout, dtype);
+      if (affine) {
+        expect(grad_weight.written() && grad_bias.written(), "batch_norm_act's parameters", layout,
+               dtype);
+      }
+    }
+  }
+}
+
 void drive_losses(int64_t batch, int64_t classes, DType dtype, int threads) {
   const Layout layout{batch, 1, classes};
   Values teacher(batch * classes, dtype), student(batch * classes, dtype),
@@ -318,6 +351,7 @@ int main() {
         drive_affine(layout, dtype, threads);
         drive_packing(layout, dtype, threads);
         drive_bn_match(layout, dtype, threads);
+        drive_batch_norm_act(layout, dtype, threads);
       }
       for (const int64_t batch : {1, 7, 33}) {
         for (const int64_t classes : {1, 10, 333}) drive_losses(batch, classes, dtype, threads);

@@ -79,6 +79,21 @@ def batch_norm(
     return y.transpose(1, -1)
 
 
+def batch_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, negative_slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, biased var): BatchNorm with the batch's statistics, parameters [C] or [N, C], then LeakyReLU."""
+    rows = x.double().transpose(0, 1).reshape(x.shape[1], -1)
+    mean = rows.mean(1)
+    var = (rows - mean[:, None]).square().mean(1)
+    u = ((x.double().transpose(1, -1) - mean) / (var + eps).sqrt()).transpose(1, -1)
+    for values, combine in ((weight, torch.mul), (bias, torch.add)):
+        if values is not None:
+            every = values.double().expand(x.shape[0], x.shape[1])
+            u = combine(u, every[(...,) + (None,) * (x.dim() - 2)])
+    return torch.where(u > 0, u, negative_slope * u), mean, var
+
+
 def batch_norm_statistics_loss(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     channels = x.double().transpose(0, 1).reshape(x.shape[1], -1)
     mean = channels.sum(1) / channels.shape[1]

@@ -30,6 +30,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "affine_act_fake_quantize": lambda x: F.affine_act_fake_quantize(x, VAR, MEAN, x, "relu", (SCALE, ZERO_POINT, 4)),
     "bn_match": lambda x: F.bn_match(x, MEAN, VAR),
     "bn_match_forward": lambda x: F.bn_match_forward(x, MEAN, VAR)[0],
+    "batch_norm_act": lambda x: F.batch_norm_act(x, VAR, MEAN, negative_slope=0.2).y,
     "margin_loss": lambda x: F.margin_loss(x[0], x[1], LABELS, 0.1, 0.8, 0.2, 0.1, 1.0).total,
     "entropy_distillation": lambda x: F.entropy_distillation(x[0], x[1], 5.0),
 }

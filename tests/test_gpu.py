@@ -219,15 +219,19 @@ def test_opcheck(gpu_backend: str, op: str) -> None:
         torch.library.opcheck(operator, arguments(op, (3, 5, 7, 9), torch.float32, False, "cuda"))
 
 
-@pytest.mark.parametrize("name", ["affine", "bn_match", "bn_match_forward", "losses", "quantizers", "weights"])
+@pytest.mark.parametrize(
+    "name", ["affine", "batch_norm", "bn_match", "bn_match_forward", "losses", "quantizers", "weights"]
+)
 def test_functions_compile_into_one_graph(name: str) -> None:
     torch._dynamo.reset()
     channel = [torch.rand(5, device="cuda") + 0.1 for _ in range(4)]
+    per_sample = torch.rand(6, 5, device="cuda"), torch.rand(6, 5, device="cuda")
     step = (torch.tensor(0.1, device="cuda"), torch.tensor(3, device="cuda"), 4)
     other, labels = torch.randn(6, 20, device="cuda"), torch.arange(6, device="cuda")
     settings = {"lambda_l": 0.3, "lambda_u": 0.6, "alpha_ds": 0.2, "alpha_as": 0.1, "beta": 0.7}
     computed = {
         "affine": lambda x: [F.affine_act_fake_quantize(x, channel[0], channel[1], x.sin(), "relu", step)],
+        "batch_norm": lambda x: list(F.batch_norm_act(x, *per_sample, negative_slope=0.2)),
         "bn_match_forward": lambda x: list(F.bn_match_forward(x, *channel)),
         "losses": lambda x: [
             *F.margin_loss(x.flatten()[:120].view(6, 20), other, labels, **settings),

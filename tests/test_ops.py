@@ -49,6 +49,10 @@ LAYOUTS = list(_layouts(torch.float32))
 LAYER_LAYOUTS = [name for name in LAYOUTS if name not in ("empty", "one dimension")]
 
 
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _with_axes(*axes: int | None) -> pytest.MarkDecorator:
     """Every layout with every axis it has."""
     sizes = {name: x.dim() for name, x in _layouts(torch.float32).items()}
@@ -602,6 +606,93 @@ def test_bn_match_forward_lets_nan_through(backend: str) -> None:
     assert x.grad is not None and x.grad.isnan().flatten(2).all(2).any(0).tolist() == [False, False, True]
 
 
+def _per_sample(x: Tensor, form: str) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias of batch_norm_act: none, one a channel, one a sample and channel, or one of the two alone."""
+    shape = x.shape[1:2] if form == "channel" else x.shape[:2]
+    weight, bias = _randn(*shape, seed=8) + 0.5, _randn(*shape, seed=9)
+    return (None if form in ("none", "bias") else weight), (None if form in ("none", "weight") else bias)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYER_LAYOUTS if name != "single element"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("form", ["none", "channel", "sample", "weight", "bias"])
+@pytest.mark.parametrize("negative_slope", [1.0, 0.2, 0.0])
+def test_batch_norm_act(backend: str, layout: str, dtype: torch.dtype, form: str, negative_slope: float) -> None:
+    if dtype == torch.float64 and backend != "reference":
+        pytest.skip("kernels take no float64")
+    x = _layouts(dtype)[layout].detach()
+    parameters = [None if p is None else p.to(_compute(dtype)).requires_grad_() for p in _per_sample(x, form)]
+    leaf, exact = x.detach().requires_grad_(), x.double().requires_grad_()
+    exact_parameters = [None if p is None else p.detach().double().requires_grad_() for p in parameters]
+    y, mean, var = F.batch_norm_act(leaf, *parameters, 1e-3, negative_slope)
+    true_y, true_mean, true_var = oracle.batch_norm_act(exact, *exact_parameters, 1e-3, negative_slope)
+    assert y.dtype == dtype and y.shape == x.shape and not mean.requires_grad and not var.requires_grad
+    assert y.stride() == torch.empty_like(x).stride()
+    fine = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(y.double(), true_y, rtol=2 * ROUNDING[dtype], atol=2 * fine)
+    torch.testing.assert_close(mean, true_mean, rtol=fine, atol=fine)
+    torch.testing.assert_close(var, true_var, rtol=fine, atol=fine)
+    if form in ("none", "channel"):
+        library = [None if p is None else p.detach().double() for p in parameters]
+        library = torch.nn.functional.batch_norm(x.double(), None, None, *library, training=True, eps=1e-3)
+        torch.testing.assert_close(true_y.detach(), torch.nn.functional.leaky_relu(library, negative_slope))
+
+    grad = _randn(*x.shape, dtype=dtype, seed=3)
+    y.backward(grad)
+    true_y.backward(grad.double())
+    for got, want in zip([leaf, *parameters], [exact, *exact_parameters], strict=True):
+        if got is not None:
+            assert got.grad is not None and got.grad.dtype == got.dtype
+            size = float(want.grad.abs().max())
+            torch.testing.assert_close(
+                got.grad.double(),
+                want.grad,
+                rtol=2 * ROUNDING[got.dtype],
+                atol=5 * fine * size + SMALLEST.get(dtype, 0),
+            )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("form", ["channel", "sample"])
+def test_batch_norm_act_where_the_mean_dwarfs_the_deviation(backend: str, channels_last: bool, form: str) -> None:
+    x = _randn(8, 3, 20, 20).double().mul_(torch.tensor([1, 1e-2, 1]).view(3, 1, 1))
+    x = (x + torch.tensor([0, 1e4, -3]).view(3, 1, 1)).float()
+    x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    weight, bias = _per_sample(x, form)
+    y = F.batch_norm_act(x, weight, bias, 1e-6, 0.2).y
+    true_y, *_ = oracle.batch_norm_act(exact, weight, bias, 1e-6, 0.2)
+    torch.testing.assert_close(y.double(), true_y, rtol=1e-5, atol=1e-5)
+    grad = _randn(*x.shape, seed=3)
+    y.backward(grad)
+    true_y.backward(grad.double())
+    assert x.grad is not None and exact.grad is not None
+    for c in range(3):
+        size = float(exact.grad[:, c].abs().max())
+        torch.testing.assert_close(x.grad[:, c].double(), exact.grad[:, c], rtol=1e-5, atol=1e-5 * size)
+
+
+def test_batch_norm_act_lets_nan_through(backend: str) -> None:
+    x = _randn(4, 3, 5, 5)
+    x[1, 2, 3, 4] = math.nan
+    x.requires_grad_()
+    y, mean, _ = F.batch_norm_act(x, torch.ones(4, 3), torch.zeros(4, 3), negative_slope=0.0)
+    assert y.isnan().flatten(2).all(2).all(0).tolist() == mean.isnan().tolist() == [False, False, True]
+    y.sum().backward()
+    assert x.grad is not None and x.grad.isnan().flatten(2).all(2).all(0).tolist() == [False, False, True]
+    assert bool(x.grad[:, :2].isfinite().all())
+
+
+def test_batch_norm_act_gives_gradients_where_they_are_wanted(backend: str) -> None:
+    x, weight, bias = _randn(4, 3, 5, 5), torch.ones(4, 3, requires_grad=True), torch.zeros(4, 3)
+    y = F.batch_norm_act(x, weight, bias, negative_slope=0.2).y
+    y.sum().backward()
+    assert weight.grad is not None and x.grad is None and bias.grad is None
+    x.requires_grad_()
+    y, mean, var = F.batch_norm_act(x, weight.bfloat16().detach().requires_grad_(), bias)
+    assert y.requires_grad and not mean.requires_grad and not var.requires_grad
+
+
 LOSS_SETTINGS = {"lambda_l": 0.3, "lambda_u": 0.6, "alpha_ds": 0.2, "alpha_as": 0.1, "beta": 1.5}
 
 
@@ -728,6 +819,11 @@ def _op_arguments() -> dict[str, tuple[object, ...]]:
             *(grad, x, torch.tensor(1.0), mean.double(), var.double()),
             *(mean, var, scale, 1e-5),
         ),
+        "batch_norm_act": (x, _randn(2, 3, seed=2), _randn(2, 3, seed=3), 1e-5, 0.2),
+        "batch_norm_act_backward": (
+            *(grad, x, mean.double(), var.double(), _randn(2, 3, seed=2), _randn(2, 3, seed=3)),
+            *(1e-5, 0.2),
+        ),
         "margin_loss": (*logits, torch.arange(4), 0.1, 0.8, 0.2, 0.1, 1.0, False),
         "entropy_distillation": (*logits, 20.0),
     }
@@ -767,6 +863,11 @@ def test_opcheck(backend: str, name: str, channels_last: bool) -> None:
         ("affine_act_fake_quantize_backward", {7: False}),
         ("bn_match_forward", {3: None, 4: None}),
         ("bn_match_forward_backward", {7: None}),
+        ("batch_norm_act", {1: None, 2: None}),
+        ("batch_norm_act", {1: torch.ones(3), 2: None}),
+        ("batch_norm_act_backward", {4: None}),
+        ("batch_norm_act_backward", {4: torch.ones(3), 5: torch.zeros(3)}),
+        ("batch_norm_act_backward", {4: None, 5: None}),
         ("fake_quantize_", {1: torch.tensor([0.1]), 2: torch.tensor([3], dtype=torch.int32), 4: None}),
     ],
 )
@@ -784,6 +885,7 @@ def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
     shift, weight, bias = torch.linspace(-1, 1, 3), torch.linspace(2, 1, 3), torch.linspace(0, 1, 3)
     step = (torch.tensor(0.1), torch.tensor(3), 4)
     other, labels = _randn(6, 20, seed=1), torch.arange(6)
+    pair = _randn(2, 3, seed=2), _randn(2, 3, seed=3)
 
     def observe(x: Tensor) -> list[Tensor]:
         state = [torch.zeros((), dtype=s.dtype) for s in _range_state()]
@@ -800,6 +902,8 @@ def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
         "affine_act_fake_quantize": lambda x: [F.affine_act_fake_quantize(x, scale, shift, x.sin(), "relu6", step)],
         "bn_match": lambda x: [F.bn_match(x, shift, scale)],
         "bn_match_forward": lambda x: list(F.bn_match_forward(x, shift, scale, weight, bias)),
+        "batch_norm_act": lambda x: list(F.batch_norm_act(x, weight, bias, 1e-3, 0.2)),
+        "batch_norm_act of samples": lambda x: list(F.batch_norm_act(x, *pair, 1e-3, 0.2)),
         "margin_loss": lambda x: list(F.margin_loss(x.view(6, 20), other, labels, **LOSS_SETTINGS)),
         "entropy_distillation": lambda x: [F.entropy_distillation(other, x.view(6, 20), 5.0)],
     }
@@ -929,6 +1033,18 @@ def test_state_given_to_a_compiled_function_moves(backend: str) -> None:
             lambda x: F.bn_match_forward(x, x[0], x[0], None, torch.ones(3, requires_grad=True)),
         ),
         ("eps must be at least 0, got -1", lambda x: F.bn_match_forward(x, x[0], x[0], eps=-1)),
+        ("x must be a non-empty", lambda x: F.batch_norm_act(x[:0])),
+        ("x must be a non-empty", lambda x: F.batch_norm_act(x[0])),
+        ("at least two values a channel", lambda x: F.batch_norm_act(x[:1])),
+        (r"weight must have shape \[3\], .* or \[2, 3\], .* got \[2\]", lambda x: F.batch_norm_act(x, x[:, 0])),
+        (r"bias must have shape \[3\]", lambda x: F.batch_norm_act(x, x, x[:1])),
+        ("weight must be a floating-point tensor", lambda x: F.batch_norm_act(x, x.int())),
+        (r"weight and bias must both be \[C\] or both \[N, C\]", lambda x: F.batch_norm_act(x, x, x[0])),
+        ("weight must be on cpu like x, got meta", lambda x: F.batch_norm_act(x, x.to("meta"))),
+        ("eps must be at least 0, got -1", lambda x: F.batch_norm_act(x, eps=-1)),
+        (r"negative_slope must be 0\.\.1, got 1\.5", lambda x: F.batch_norm_act(x, negative_slope=1.5)),
+        (r"negative_slope must be 0\.\.1, got -0\.1", lambda x: F.batch_norm_act(x, negative_slope=-0.1)),
+        ("negative_slope must be a finite number", lambda x: F.batch_norm_act(x, negative_slope=math.nan)),
     ],
 )
 def test_bad_arguments_are_refused(message: str, call) -> None:  # type: ignore[no-untyped-def]

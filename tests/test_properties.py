@@ -544,10 +544,13 @@ def draw_activations(data: st.DataObject) -> tuple[str, Tensor, Tensor, Tensor]:
     return recipe.kind, x, mean.to(compute), var.to(compute)
 
 
-def assert_statistics(
-    kind: str, x: Tensor, running: tuple[Tensor, Tensor], loss: Tensor, mean: Tensor, var: Tensor
-) -> None:
-    """Within a few float32 roundings of float64's statistics; NaN in a channel is NaN there and in the loss."""
+def assert_moments(kind: str, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+    """Within a few float32 roundings of float64's statistics; NaN in a channel is NaN there.
+
+    Returns:
+        True mean and var, how far from them mean and var may be, and which channels hold what is not finite.
+    """
+    assert mean.dtype == var.dtype == torch.float64
     rows = x.double().transpose(0, 1).reshape(x.shape[1], -1)
     true_mean = rows.sum(1) / rows.shape[1]
     true_var = (rows - true_mean[:, None]).square().sum(1) / rows.shape[1]
@@ -558,12 +561,20 @@ def assert_statistics(
         and not mean[bad].isfinite().any()
         and bool(mean[rows.isnan().any(1)].isnan().all())
     )
-    assert bool(loss.isnan()) == bool(bad.any())
     # Distances from about the mean are summed in float32: what is lost is of their size, not of the mean's.
     mean_error = 2**-18 * true_var.sqrt() + 2**-44 * size
     var_error = (2**-14 if kind == "outliers" else 2**-17) * true_var + 2**-62 * size.square()
     assert_bounded(mean[~bad], true_mean[~bad], mean_error[~bad])
     assert_bounded(var[~bad], true_var[~bad], var_error[~bad])
+    return true_mean, true_var, mean_error, var_error, bad
+
+
+def assert_statistics(
+    kind: str, x: Tensor, running: tuple[Tensor, Tensor], loss: Tensor, mean: Tensor, var: Tensor
+) -> None:
+    """:func:`assert_moments`, and the loss within what their errors may do to it; NaN in a channel is NaN there."""
+    true_mean, true_var, mean_error, var_error, bad = assert_moments(kind, x, mean, var)
+    assert bool(loss.isnan()) == bool(bad.any())
     if not bad.any():
         total = torch.zeros((), dtype=torch.float64)
         cost = torch.zeros((), dtype=torch.float64)
@@ -657,6 +668,74 @@ def test_bn_match_forward(data: st.DataObject) -> None:
         assert_bounded(got, want, 2 * rounding(parts, x.dtype, operations=8))
 
 
+def normalisation(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(u, x_hat, weight, 1 / deviation, size of what is rounded in u) in float64 for the statistics given."""
+
+    def of_samples(values: Tensor | None, otherwise: float) -> Tensor:
+        values = torch.tensor(otherwise) if values is None else values
+        return values.double().expand(x.shape[:2])[(...,) + (None,) * (x.dim() - 2)]
+
+    inverse = along(1 / (var + eps).sqrt(), x.dim(), 1)
+    x_hat = (x.double() - along(mean, x.dim(), 1)) * inverse
+    weights, biases = of_samples(weight, 1), of_samples(bias, 0)
+    # x has the mean as a float32 taken off; the rest of the mean is added again.
+    apart = 2**-24 * along(mean.abs(), x.dim(), 1) * inverse
+    return x_hat * weights + biases, x_hat, weights, inverse, (x_hat.abs() + apart) * weights.abs() + biases.abs()
+
+
+@given(data=st.data())
+@examples(500)
+def test_batch_norm_act(data: st.DataObject) -> None:
+    kind, x, *_ = draw_activations(data)
+    compute, seed = torch.float64 if x.dtype == torch.float64 else torch.float32, data.draw(SEEDS)
+    form = x.shape[:2] if data.draw(st.booleans()) else x.shape[1:2]
+    drawn = torch.randn(2, *form, generator=torch.Generator().manual_seed(seed), dtype=compute)
+    weight, bias = (values if data.draw(st.booleans()) else None for values in drawn)
+    eps, slope = data.draw(st.sampled_from([1e-5, 1e-3])), data.draw(st.sampled_from([1.0, 0.2, 0.0]))
+    grad_y = data.draw(recipes(tuple(x.shape), x.dtype, st.just("normal"))).make(1)
+    others = [d for d in range(x.dim()) if d != 1]
+    shared = others if len(form) == 1 else others[1:]
+    count = x.numel() // x.shape[1]
+    tiny, summed = (2**-53, 2**-40) if x.dtype == torch.float64 else (2**-24, 2**-16)
+
+    def total(values: Tensor, dims: list[int]) -> Tensor:
+        return values.sum(dims) if dims else values
+
+    for name, f in for_dtype("batch_norm_act", x.dtype):
+        y, mean, var = f(x, weight, bias, eps, slope)
+        assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
+        assert_moments(kind, x, mean, var)
+        u, x_hat, weights, inverse, sizes = normalisation(x, mean, var, weight, bias, eps)
+        assert_bounded(y, torch.where(u > 0, u, slope * u), rounding(sizes, x.dtype, operations=8))
+
+        backward = dict(implementations("batch_norm_act_backward"))[name]
+        grad_x, grad_weight, grad_bias = backward(grad_y, x, mean, var, weight, bias, eps, slope)
+        # On which side of the kink u is, is unknown to so much.
+        jump = torch.where(u.abs() <= 8 * tiny * sizes, (1 - slope) * grad_y.double().abs(), 0.0)
+        g = torch.where(u > 0, grad_y.double(), slope * grad_y.double())
+        wide = x_hat.abs() + tiny * along(mean.abs(), x.dim(), 1) * inverse
+        unsure, unsure_hat = (total(jump + summed * g.abs() * size, shared) for size in (1, wide))
+        if bias is None:
+            assert grad_bias.shape == (0,)
+        else:
+            assert_bounded(grad_bias, total(g, shared), rounding(total(g, shared), compute) + unsure)
+        if weight is None:
+            assert grad_weight.shape == (0,)
+        else:
+            want = total(g * x_hat, shared)
+            assert_bounded(grad_weight, want, rounding(want, compute) + unsure_hat)
+        parts = [(weights * g * factor).sum(others, keepdim=True) / count for factor in (1, x_hat)]
+        want = inverse * (weights * g - parts[0] - x_hat * parts[1])
+        errors = [
+            (weights.abs() * (jump + summed * g.abs() * size)).sum(others, keepdim=True) / count for size in (1, wide)
+        ]
+        allowed = inverse * (weights.abs() * jump + errors[0] + wide * errors[1])
+        magnitude = inverse * ((weights * g).abs() + parts[0].abs() + wide * parts[1].abs())
+        assert_bounded(grad_x, want, 2 * (allowed + rounding(magnitude, x.dtype, operations=8)))
+
+
 @given(data=st.data())
 @examples(300)
 def test_losses_on_logits(data: st.DataObject) -> None:
@@ -715,6 +794,8 @@ def test_results_do_not_depend_on_the_number_of_threads(data: st.DataObject) -> 
     place = Layout(shape, layout, (1, 1, 1), 0, None).place
     x, grad, residual = (place(make(shape, dtype, "normal", seed + i, torch.tensor(0.2))) for i in range(3))
     scale, mean, var = torch.rand(3, channels, generator=torch.Generator().manual_seed(seed)) + 0.05
+    rows = [] if data.draw(st.booleans()) else [shape[0]]
+    per_sample = torch.randn(2, *rows, channels, generator=torch.Generator().manual_seed(seed))
     zero_point = torch.full((channels,), 5, dtype=torch.int32)
     step, zero, loss_grad = torch.tensor([0.1]), torch.tensor([5], dtype=torch.int32), torch.tensor(0.3)
 
@@ -733,6 +814,8 @@ def test_results_do_not_depend_on_the_number_of_threads(data: st.DataObject) -> 
             "bn_match_backward": (loss_grad, x, scale.double(), var.double(), mean, mean),
             "bn_match_forward": (x, mean, var, scale, mean, 1e-5),
             "bn_match_forward_backward": (grad, x, loss_grad, scale.double(), var.double(), mean, mean, scale, 1e-5),
+            "batch_norm_act": (x, *per_sample, 1e-5, 0.2),
+            "batch_norm_act_backward": (grad, x, mean.double(), var.double(), *per_sample, 1e-5, 0.2),
         }
         found = {}
         for op, arguments in calls.items():

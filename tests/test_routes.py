@@ -74,8 +74,9 @@ def test_the_table_of_the_package(both: None) -> None:
     table = routes.load(routes.DEFAULT)
     assert (table.measured is None) == (not table.rules)
     for op in OPERATORS:
+        first = "triton" if op in operators.BATCH_NORM_ACT else "cuda"
         for size in (None, *routes.SIZES):
-            assert dispatch.select(op, "cuda", F32, size) == (table.backend(op, F32, size) or "cuda")
+            assert dispatch.select(op, "cuda", F32, size) == (table.backend(op, F32, size) or first)
 
 
 def test_classes_of_size() -> None:
@@ -373,7 +374,7 @@ def test_operators_of_rows() -> None:
         found[case.op, "clip" if case.variant.endswith("_clip") else "", case.pass_] = making.operators(row)
     assert (
         {ops[0] for ops in found.values() if len(ops) == 1}
-        == {*operators.OPERATORS, *operators.PACKING}
+        == {*operators.OPERATORS, *operators.PACKING, *operators.BATCH_NORM_ACT}
         == set(OPERATORS)
     )
     affine = "affine_act_fake_quantize"

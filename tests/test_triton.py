@@ -38,6 +38,7 @@ PROPERTIES = [
     "test_observe_fake_quantize",
     "test_affine_act_fake_quantize",
     "bn_match or statistics",
+    "test_batch_norm_act",
     "test_losses_on_logits",
 ]
 

@@ -483,7 +483,7 @@ class _Operators:
         x, weight, bias, layout, samples = _sample_parameters(op, x, weight, bias)
         out = y if y.stride() == x.stride() else torch.empty_like(x)
         mean = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
-        var = torch.empty_like(mean)
+        var = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
         self._backend.launch(op, op, x, x, weight, bias, eps, negative_slope, out, mean, var, layout, samples)
         return y if out is y else y.copy_(out), mean, var
 
@@ -509,7 +509,7 @@ class _Operators:
         mean = native_args.vector(op, "mean", mean, x.shape[1], torch.float64, x.device)
         var = native_args.vector(op, "var", var, x.shape[1], torch.float64, x.device)
         out = grad_x if grad_x.stride() == x.stride() else torch.empty_like(x)
-        grads = [None if values is None else torch.empty_like(values) for values in (weight, bias)]
+        grads = [None if values is None else values.new_empty(values.shape) for values in (weight, bias)]
         self._backend.launch(
             op, op, x, grad_y, x, mean, var, weight, bias, eps, negative_slope, out, *grads, layout, samples
         )
