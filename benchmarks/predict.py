@@ -59,7 +59,7 @@ _BOTH_PHASES = 3
 
 
 def chosen() -> list[Case]:
-    """Cases of at least 256 MB in both dtypes and layouts, networks' weights, and the losses."""
+    """Cases of at least 256 MB in both dtypes and layouts, a generator's largest, networks' weights, and the losses."""
     parts = [
         ("fake_quantize", "per_tensor", "forward"),
         ("fake_quantize", "per_channel", "forward"),
@@ -77,6 +77,12 @@ def chosen() -> list[Case]:
         for op, variant, pass_ in parts
         for dtype in HUGE
         for layout in LAYOUTS
+    ]
+    names += [
+        f"batch_norm_act/sample_leaky/generator@224.norm3/b16/{dtype}/{layout}/{pass_}"
+        for dtype in HUGE
+        for layout in LAYOUTS
+        for pass_ in ("forward", "backward")
     ]
     weights = "axis0/resnet18@224"
     for dtype in HUGE:

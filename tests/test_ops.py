@@ -49,6 +49,12 @@ LAYOUTS = list(_layouts(torch.float32))
 LAYER_LAYOUTS = [name for name in LAYOUTS if name not in ("empty", "one dimension")]
 
 
+def _need(backend: str, op: str) -> None:
+    """Skip the test where a GPU's backend has no kernel for `op`."""
+    if op not in dispatch.BACKENDS[backend].KERNELS:
+        pytest.skip(f"{backend} has no {op}")
+
+
 def _compute(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -618,6 +624,7 @@ def _per_sample(x: Tensor, form: str) -> tuple[Tensor | None, Tensor | None]:
 @pytest.mark.parametrize("form", ["none", "channel", "sample", "weight", "bias"])
 @pytest.mark.parametrize("negative_slope", [1.0, 0.2, 0.0])
 def test_batch_norm_act(backend: str, layout: str, dtype: torch.dtype, form: str, negative_slope: float) -> None:
+    _need(backend, "batch_norm_act")
     if dtype == torch.float64 and backend != "reference":
         pytest.skip("kernels take no float64")
     x = _layouts(dtype)[layout].detach()
@@ -655,6 +662,7 @@ def test_batch_norm_act(backend: str, layout: str, dtype: torch.dtype, form: str
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("form", ["channel", "sample"])
 def test_batch_norm_act_where_the_mean_dwarfs_the_deviation(backend: str, channels_last: bool, form: str) -> None:
+    _need(backend, "batch_norm_act")
     x = _randn(8, 3, 20, 20).double().mul_(torch.tensor([1, 1e-2, 1]).view(3, 1, 1))
     x = (x + torch.tensor([0, 1e4, -3]).view(3, 1, 1)).float()
     x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
@@ -673,6 +681,7 @@ def test_batch_norm_act_where_the_mean_dwarfs_the_deviation(backend: str, channe
 
 
 def test_batch_norm_act_lets_nan_through(backend: str) -> None:
+    _need(backend, "batch_norm_act")
     x = _randn(4, 3, 5, 5)
     x[1, 2, 3, 4] = math.nan
     x.requires_grad_()
@@ -684,6 +693,7 @@ def test_batch_norm_act_lets_nan_through(backend: str) -> None:
 
 
 def test_batch_norm_act_gives_gradients_where_they_are_wanted(backend: str) -> None:
+    _need(backend, "batch_norm_act")
     x, weight, bias = _randn(4, 3, 5, 5), torch.ones(4, 3, requires_grad=True), torch.zeros(4, 3)
     y = F.batch_norm_act(x, weight, bias, negative_slope=0.2).y
     y.sum().backward()
@@ -842,8 +852,7 @@ def test_every_operator_has_a_reference_and_a_cpu_kernel_and_all_but_two_triton(
 @pytest.mark.parametrize("name", list(OPERATORS))
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck(backend: str, name: str, channels_last: bool) -> None:
-    if name not in dispatch.BACKENDS[backend].KERNELS:
-        pytest.skip(f"{backend} has no {name}")
+    _need(backend, name)
     arguments = tuple(
         a.contiguous(memory_format=torch.channels_last)
         if channels_last and isinstance(a, Tensor) and a.dim() == 4
@@ -872,6 +881,7 @@ def test_opcheck(backend: str, name: str, channels_last: bool) -> None:
     ],
 )
 def test_opcheck_without_optional_arguments(backend: str, name: str, arguments: dict[int, object]) -> None:
+    _need(backend, name)
     every = list(_op_arguments()[name])
     for position, value in arguments.items():
         every[position] = value
@@ -911,6 +921,7 @@ def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
 
 @pytest.mark.parametrize("name", list(_public_calls()))
 def test_every_function_compiles_into_one_graph(backend: str, name: str) -> None:
+    _need(backend, name.partition(" ")[0])
     torch._dynamo.reset()
     call = _public_calls()[name]
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -926,6 +937,7 @@ def test_every_function_compiles_into_one_graph(backend: str, name: str) -> None
 
 @pytest.mark.parametrize("name", list(_public_calls()))
 def test_every_function_computes_the_same_without_a_gradient(backend: str, name: str) -> None:
+    _need(backend, name.partition(" ")[0])
     call = _public_calls()[name]
     with_gradient = call(_randn(2, 3, 4, 5).requires_grad_())
     assert any(t.requires_grad for t in with_gradient)

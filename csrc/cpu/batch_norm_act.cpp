@@ -33,6 +33,8 @@ namespace {
 
 // Neighbouring elements from which a loop over columns pays.
 constexpr int64_t kFewestColumns = 64;
+// Elements of a tensor that is taken to be in a cache.
+constexpr int64_t kCachedElements = 1 << 21;
 
 // How many rows of `period` elements side by side make kFewestColumns.
 int64_t rows_side_by_side(int64_t period) {
@@ -232,6 +234,38 @@ ADADFQ_INLINE void gradient(const T* ADADFQ_RESTRICT grad, const T* ADADFQ_RESTR
   }
 }
 
+// The gradient of a tile, as many columns at a time as there are lanes, whose parameters stay in
+// registers.
+template <typename T>
+ADADFQ_INLINE void gradient_in_blocks(const Norm<T>& t, int64_t begin, int64_t rows,
+                                      int64_t columns, const float* slope, const float* shift) {
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    float m[kLanes], s[kLanes], b[kLanes], o[kLanes], f[kLanes];
+    for (int j = 0; j < kLanes; ++j) m[j] = t.mean[i + j];
+    for (int j = 0; j < kLanes; ++j) s[j] = slope[i + j];
+    for (int j = 0; j < kLanes; ++j) b[j] = shift[i + j];
+    for (int j = 0; j < kLanes; ++j) o[j] = t.offset[i + j];
+    for (int j = 0; j < kLanes; ++j) f[j] = t.factor[i + j];
+    for (int64_t at = begin + i, r = 0; r < rows; ++r, at += columns) {
+      const T* ADADFQ_RESTRICT grad = t.grad + at;
+      const T* ADADFQ_RESTRICT x = t.x + at;
+      T* ADADFQ_RESTRICT out = t.out + at;
+#pragma omp simd
+      for (int j = 0; j < kLanes; ++j) {
+        const float d = to_float(x[j]) - m[j];
+        const float u = d * s[j] + b[j];
+        const float g = leaky_relu_gradient(to_float(grad[j]), u, t.negative_slope);
+        out[j] = from_float<T>(g * s[j] + (o[j] + f[j] * d));
+      }
+    }
+  }
+  for (int64_t at = begin + i, r = 0; i < columns && r < rows; ++r, at += columns) {
+    gradient(t.grad + at, t.x + at, t.out + at, columns - i, t.mean + i, slope + i, shift + i,
+             t.offset + i, t.factor + i, t.negative_slope);
+  }
+}
+
 template <typename T>
 ADADFQ_INLINE void gradient_units(const SampleWalk& walk, const Norm<T>& norm, int64_t first,
                                   int64_t last) {
@@ -245,11 +279,14 @@ ADADFQ_INLINE void gradient_units(const SampleWalk& walk, const Norm<T>& norm, i
         });
     return;
   }
+  // Whole rows are quicker to fetch from memory, and 16-bit ones convert for longer than they load.
+  const bool in_blocks = sizeof(T) == 4 && walk.layout.elements() <= kCachedElements;
   for_tiles(walk, first, last,
             [&](int64_t, int64_t begin, int64_t rows, int64_t columns, int64_t sample)
                 ADADFQ_INLINE_LAMBDA {
                   const float* slope = t.slope + sample * walk.columns;
                   const float* shift = t.shift + sample * walk.columns;
+                  if (in_blocks) return gradient_in_blocks(t, begin, rows, columns, slope, shift);
                   for (int64_t r = 0; r < rows; ++r, begin += columns) {
                     gradient(t.grad + begin, t.x + begin, t.out + begin, columns, t.mean, slope,
                              shift, t.offset, t.factor, t.negative_slope);
