@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ __all__ = [
     "batch_norm_act_quantize",
     "float32_linear",
     "fold_batch_norms",
+    "frozen_convolution",
     "quantize_weights",
     "quantized_layer",
     "watched_batch_norm",
@@ -31,7 +31,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS = {"none": _same, "relu": torch.relu, "relu6": torch_F.relu6}
-_ACTIVATIONS_INPLACE = {"none": _same, "relu": torch.relu_, "relu6": partial(torch_F.relu6, inplace=True)}
+_LIMITS = {"relu": None, "relu6": 6.0}
 
 
 class BatchNormWatch(nn.Module):
@@ -105,6 +105,63 @@ def quantized_layer(x: Tensor, layer: QuantConv2d | QuantLinear, weight: Tensor,
     return _linear(x, weight, layer.bias, float32)
 
 
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution that keeps no input for its backward: autograd's own does, though only weights would ask for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        ctx.shape, ctx.settings = x.shape, settings
+        return torch.conv2d(x, weight, bias, *settings)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.settings
+        # Of the input the operator asks only what it looks like.
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        return grad_x, None, None, None, None, None, None
+
+
+def frozen_convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """`layer` on `x`, whose values are not kept for a backward while the layer's weights do not train."""
+    weight, bias = layer.weight, layer.bias
+    plain = layer.padding_mode != "zeros" or isinstance(layer.padding, str) or x.dim() != 4
+    if plain or needs_gradient(weight, bias) or not needs_gradient(x):
+        return layer(x)
+    if torch.is_autocast_enabled(x.device.type):  # which an autograd function does not see
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _FrozenConvolution.apply(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class _ReluInPlace(torch.autograd.Function):
+    """ReLU, up to `limit` if there is one, in place; a byte an element is kept for the backward, not the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float | None) -> Tensor:
+        # What NaN has passed on stays on the way of the gradient, as with torch.relu.
+        stopped = x <= 0
+        if limit is not None:
+            stopped |= x >= limit
+        ctx.save_for_backward(stopped)
+        ctx.mark_dirty(x)
+        x.clamp_(0, limit)
+        return x
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (stopped,) = ctx.saved_tensors
+        return grad.masked_fill(stopped, 0), None
+
+
 def float32_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """`layer` on `x`, in float32 under autocast too."""
     return _linear(x, layer.weight, layer.bias, True)
@@ -168,4 +225,6 @@ def watched_batch_norm(
     # The norm's backward asks nothing of y.
     if residual is not None:
         y = y.add_(residual) if residual.shape == y.shape and residual.dtype == y.dtype else y + residual
-    return _ACTIVATIONS_INPLACE[act](y)
+    if act == "none":
+        return y
+    return _ReluInPlace.apply(y, _LIMITS[act]) if y.requires_grad else y.clamp_(0, _LIMITS[act])

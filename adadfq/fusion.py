@@ -34,7 +34,8 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     A quantised network (:func:`adadfq.quantize`): every BatchNorm in inference form with what follows it of residual
     addition, ReLU or ReLU6 and activation quantiser is one operation, and the weights of all layers are quantised by
     one call a forward. A float network, as a teacher: every BatchNorm gives the loss of its batch statistics in the
-    pass that normalises (:class:`adadfq.game.BatchNormMatch` collects them; else they are not computed).
+    pass that normalises (:class:`adadfq.game.BatchNormMatch` collects them; else they are not computed). Frozen
+    convolutions keep no input for the backward, and the activations behind a BatchNorm a byte an element.
 
     The result shares every module, parameter and buffer with `model`: training one trains the other, and state_dict
     keys are the same. In train mode the modules run one by one. Modules with hooks of their own stay as they are, so
@@ -237,7 +238,9 @@ class _TeacherFuser(_Fuser):
             args = (node.args[0], self.attribute(str(node.target)), self.attribute(_WATCH), residual, act)
             self.replace(tail, fused_layers.watched_batch_norm, *args)
         for node in nodes:
-            if self.called(node, nn.Linear) is not None and self.gives_logits(node):
+            if self.called(node, nn.Conv2d) is not None:
+                self.replace([node], fused_layers.frozen_convolution, node.args[0], self.attribute(str(node.target)))
+            elif self.called(node, nn.Linear) is not None and self.gives_logits(node):
                 self.replace([node], fused_layers.float32_linear, node.args[0], self.attribute(str(node.target)))
 
 
