@@ -68,7 +68,7 @@ def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.
 )
 def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every channel in several programs of several tiles, and more channels than one program combines."""
-    monkeypatch.setattr(tiles, "FEWEST_TILES", 1)
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
     monkeypatch.setattr(tiles, "MOST_TILES", 2)
     monkeypatch.setattr(bn_match, "_MOST_SPLITS", 2)
     monkeypatch.setattr(bn_match, "_COMBINED", 2)
