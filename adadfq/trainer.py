@@ -127,8 +127,10 @@ class Trainer:
         self.random = torch.Generator(self.device).manual_seed(seed)
         self._make_optimizers()
         teacher_playing, student_playing = self.teacher, self.student
+        if self.recipe.precision == "bfloat16":
+            teacher_playing = _rounded(self.teacher)
         if fuse:
-            teacher_playing, student_playing = _fused("teacher", self.teacher), _fused("student", self.student)
+            teacher_playing, student_playing = _fused("teacher", teacher_playing), _fused("student", student_playing)
         self.game = Game(
             teacher_playing,
             student_playing,
@@ -385,6 +387,15 @@ class Trainer:
                 group["lr"] = group["lr"].to(self.device)
         self.random.set_state(state["random"])
         self.epoch, self.step, self._rows = state["epoch"], state["step"], state["rows"]
+
+
+def _rounded(teacher: nn.Module) -> nn.Module:
+    """A copy whose convolutions have bfloat16 weights, as autocast would round them anew at every step."""
+    teacher = copy.deepcopy(teacher)
+    for module in teacher.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(torch.bfloat16)
+    return teacher
 
 
 def _fused(name: str, model: nn.Module) -> nn.Module:
