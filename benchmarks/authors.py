@@ -4,7 +4,7 @@ Nothing of theirs is here: their files are read from the checkout, changed in me
 Changed are, and nothing else:
 
 - `main.py` cannot be parsed; of it only the two generators are needed, and only their text is compiled.
-- The 200 iterations of an epoch become as many as asked for.
+- The 200 iterations of an epoch become one, so that a step is a call of their ``train``.
 - The zeros of length 16 in their margin loss become as long as the batch; a view of a transposed tensor in their
   accuracy, which PyTorch has not allowed for years, becomes a reshape.
 - Without CUDA, ``.cuda()`` returns what it is called on while their code runs.
@@ -81,7 +81,7 @@ class _Pair(nn.Module):
 
 
 class AuthorsStep:
-    """Their trainer, one iteration a step.
+    """Their trainer, one iteration a step: see :class:`benchmarks.players.Player`.
 
     Args:
         start: where every player begins.
@@ -115,13 +115,11 @@ class AuthorsStep:
             b2=recipe.adam_betas[1],
             nEpochs=recipe.epochs,
             warmup_epochs=0,  # both networks train
-            iterations=1,
             **{
                 name: getattr(recipe, name)
                 for name in ("alpha_ds", "alpha_as", "lambda_l", "lambda_u", "beta", "gamma")
             },
         )
-        self._settings = settings
         student = _Pair(_student(start, code.quantizers))
         teacher = _Pair(start.teacher()).requires_grad_(True).eval()
         with self._running():
@@ -145,7 +143,8 @@ class AuthorsStep:
         # They hook the teacher's BatchNorm in epoch 0, whatever the call.
         self._epoch = 0
         self.parts = {"teacher": teacher, "student": student, "generator": generator}
-        self.quantizers = code.quantizers
+        quantizers = code.quantizers
+        self.quantizers = (quantizers.QuantAct, quantizers.Quant_Conv2d, quantizers.Quant_Linear)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -163,15 +162,14 @@ class AuthorsStep:
         state = {_their_name(name, self._names): value for name, value in source.items()}
         generator.load_state_dict(state)
 
-    def __call__(self, iterations: int = 1) -> None:
-        """So many iterations of their training loop, with noise and labels of their own."""
-        self._settings.iterations = iterations
+    def __call__(self) -> None:
         with self._running():
             self.trainer.train(self._epoch)
         self._epoch = 1
 
+    eagerly = __call__
+
     def checked(self, noise: Tensor, labels: Tensor) -> Step:
-        """One iteration on given noise [B, latent_dim] and labels [B]."""
         with (
             mock.patch.object(torch, "randn", lambda *_, **__: noise.clone()),
             mock.patch.object(torch, "randint", lambda *_, **__: labels.clone()),
@@ -216,7 +214,7 @@ def _student(start: Start, quantizers: ModuleType) -> nn.Module:
 #: File -> what of it does not run here (statement or expression) -> what stands there instead.
 _MENDED = {
     "trainer.py": {
-        "iters = 200": "iters = self.settings.iterations",
+        "iters = 200": "iters = 1",
         "torch.zeros(16)": "torch.zeros(len(teacher_out))",
     },
     "utils/compute.py": {"correct[:k].view(-1)": "correct[:k].reshape(-1)"},

@@ -28,11 +28,14 @@ _RANGE = "part: "
 _STEP = "one step of the game"
 _QUANTISES = re.compile("quantize|quantise", re.IGNORECASE)
 _BACKWARD = "autograd::engine::evaluate_function: "
-STEPS = 3
 
 
 def breakdown(
-    call: Callable[[], Any], parts: Mapping[str, nn.Module], quantizers: tuple[type[nn.Module], ...], device: torch.device
+    call: Callable[[], Any],
+    parts: Mapping[str, nn.Module],
+    quantizers: tuple[type[nn.Module], ...],
+    device: torch.device,
+    steps: int,
 ) -> dict[str, float]:
     """The share of every one of :data:`PARTS` in the time of `call`; together 1.
 
@@ -43,10 +46,10 @@ def breakdown(
         parts: the three networks by their names among :data:`PARTS`.
         quantizers: classes of modules whose forward is quantisation, but for a convolution or a linear layer in it.
         device: where it runs.
+        steps: how often it is called, each time counted.
     """
     with ranges(parts, quantizers):
-        call()
-        profile = profiled(lambda: [_one(call) for _ in range(STEPS)], device)
+        profile = profiled(lambda: [_one(call) for _ in range(steps)], device)
     return _shares(profile.events(), device)
 
 

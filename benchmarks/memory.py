@@ -41,3 +41,11 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         alive += change
         peak = max(peak, alive)
     return peak
+
+
+def graph_bytes(device: torch.device) -> int:
+    """Bytes that captured CUDA graphs have for themselves: between replays the allocator counts them as unused."""
+    if device.type != "cuda":
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
