@@ -1,7 +1,7 @@
 """The authors' published step, run from a checkout of their repository (hfutqian/AdaDFQ).
 
-Nothing of theirs is here: their files are read from the checkout, changed in memory where they do not run, and forgotten.
-Changed are, and nothing else:
+Nothing of theirs is here: their files are read from the checkout, changed in memory where they do not run, and
+forgotten. Changed are, and nothing else:
 
 - `main.py` cannot be parsed; of it only the two generators are needed, and only their text is compiled.
 - The 200 iterations of an epoch become one, so that a step is a call of their ``train``.
@@ -10,9 +10,9 @@ Changed are, and nothing else:
 - Without CUDA, ``.cuda()`` returns what it is called on while their code runs.
 - What they print is thrown away; a module they import for colours is replaced where it is missing.
 
-Their networks come from pytorchcv and return a pair; here they are those of the other players, with their quantisers in
-the places of this project's. Their average of ranges does not settle (it applies its bias correction recursively): ranges
-are given, and frozen, as they are in all but the first epochs.
+Their networks come from pytorchcv and return a pair; here they are those of the other players, with their quantisers
+in the places of this project's. Their average of ranges does not settle (it applies its bias correction recursively):
+ranges are given, and frozen, as they are in all but the first epochs.
 """
 
 from __future__ import annotations
@@ -251,7 +251,9 @@ def _mended(folder: Path, name: str) -> CodeType:
 
     tree = Mend().visit(ast.parse((folder / name).read_text(encoding="utf-8")))
     if left:
-        raise InvalidInputError(f"{folder.parents[1]} {_NOT_THEIRS}: {folder.name}/{name} has no {' and no '.join(left)}")
+        raise InvalidInputError(
+            f"{folder.parents[1]} {_NOT_THEIRS}: {folder.name}/{name} has no {' and no '.join(left)}"
+        )
     return compile(ast.fix_missing_locations(tree), str(folder / name), "exec")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adadfq
+from adadfq.errors import InvalidInputError
 from adadfq.generator import build_generator
 from adadfq.models.build import BUILTINS
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, set_calibrating
@@ -62,6 +63,28 @@ class Setting:
         """
         spec = self.model if self.model in BUILTINS else MODELS.get(self.model, self.model)
         return adadfq.build_model(spec, num_classes=self.resolved().num_classes)
+
+
+#: Name -> (model, batch size) of its cases.
+SUITES: dict[str, tuple[tuple[str, int], ...]] = {
+    "quick": (("resnet20", 16),),
+    "judged": (("resnet20", 16), ("resnet18", 16)),
+    "full": tuple((model, batch) for model in ("resnet20", *MODELS) for batch in (16, 128)),
+}
+
+
+def settings(suite: str, models: Sequence[str], batch_sizes: Sequence[int], **others: Any) -> list[Setting]:
+    """The cases of a suite; `models` and `batch_sizes`, where given, take the place of the suite's.
+
+    Raises:
+        InvalidInputError: there is no such suite.
+    """
+    if suite not in SUITES:
+        raise InvalidInputError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    found = SUITES[suite]
+    chosen_models = models or tuple(dict.fromkeys(model for model, _ in found))
+    chosen_batches = batch_sizes or tuple(dict.fromkeys(batch for _, batch in found))
+    return [Setting(model=m, batch_size=b, **others) for m in chosen_models for b in chosen_batches]
 
 
 @dataclass

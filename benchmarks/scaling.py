@@ -49,8 +49,11 @@ def points(rows: Sequence[dict[str, Any]], axis: str) -> list[tuple[float, float
     other = "image_size" if axis == "batch_size" else "batch_size"
     values = [row[other] for row in timed]
     common = max(set(values), key=values.count) if values else None
-    found = {row["batch_size"] if axis == "batch_size" else row["image_size"] ** 2: row["p50_ms"] for row in timed
-             if row[other] == common}
+    found = {
+        row["batch_size"] if axis == "batch_size" else row["image_size"] ** 2: row["p50_ms"]
+        for row in timed
+        if row[other] == common
+    }
     return sorted(found.items())
 
 

@@ -1,8 +1,8 @@
 """Measuring one training step of the game: time, memory and where the time goes, of every player.
 
 The players take turns in one process, each on networks of its own, which begin equal and with frozen ranges, as they
-are in all but the first epochs. Their first step, on equal noise and labels, must agree with the reference in the losses
-and in the direction of both gradients; later ones drift apart, for training amplifies every rounding.
+are in all but the first epochs. Their first step, on equal noise and labels, must agree with the reference in the
+losses and in both gradients; later ones drift apart, for training amplifies every rounding.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adadfq import files
 from adadfq.errors import InvalidInputError
 from adadfq.ops import dispatch
 from adadfq.ops.schema import OPERATORS
 from benchmarks import memory, timing
-from benchmarks.breakdown import PARTS, breakdown
+from benchmarks.breakdown import PARTS, breakdown, profiled, ranges
 from benchmarks.contest import Setting, Start, Step
-from benchmarks.players import KINDS, Kind, Player, Unavailable
+from benchmarks.players import KINDS, OURS, Kind, Player, Unavailable
 from benchmarks.providers import Provider
 from benchmarks.room import Room
 
@@ -178,6 +179,21 @@ def finish(entry: Entry, samples: timing.Samples, device: torch.device) -> None:
         "images_per_s": row["batch_size"] / median,
         "parts": {part: shares[part] for part in PARTS},
     }
+
+
+def write_trace(path: Path, setting: Setting, device: torch.device) -> None:
+    """Write a Chrome trace of one step of this project's player, its parts marked, after two that warm up.
+
+    Raises:
+        InvalidInputError: the model, the recipe or the sizes do not fit together, or there is no such directory.
+    """
+    kind = next(kind for kind in KINDS if kind.name == OURS)
+    with Provider(kind.name, lambda: None, backend=kind.backend).active():
+        player = kind.build(Start(setting, device), None)
+        player.eagerly()
+        with files.atomic_write(path) as temporary, ranges(player.parts, player.quantizers):
+            player.eagerly()
+            profiled(player.eagerly, device).export_chrome_trace(str(temporary))
 
 
 def _row(setting: Setting, kind: Kind, environment: dict[str, Any]) -> dict[str, Any]:
