@@ -102,8 +102,9 @@ class Step:
 class Start:
     """Where every player begins: equal weights, and frozen ranges.
 
-    The teacher has random weights; its BatchNorm statistics are those of random images, so that activations keep their
-    size through its layers as they do in a trained one.
+    Teacher and student have random weights, each its own: were they alike, the student's gradient would be made of
+    little but rounding, and compare with nothing. Their BatchNorm statistics are those of random images, so that
+    activations keep their size through the layers as they do in trained networks.
 
     Raises:
         InvalidInputError: the model, the recipe or the sizes do not fit together.
@@ -114,17 +115,11 @@ class Start:
         recipe = self.recipe
         with torch.random.fork_rng(devices=[]), torch.no_grad(), adadfq.use_backend("reference"):
             torch.default_generator.manual_seed(setting.seed)
-            teacher = setting.build().to(device)
             shape = (_CALIBRATION, recipe.image_channels, recipe.image_size, recipe.image_size)
             images = torch.randn(shape).to(device)
-            for norm in _norms(teacher):
-                norm.momentum = None  # the plain average
-            teacher.train()(images)
-            for norm in _norms(teacher):
-                norm.momentum = 0.1
+            self._teacher, other = (_with_statistics(setting.build().to(device), images) for _ in range(2))
             self._generator = build_generator(recipe).to(device).train()
-            self._teacher = teacher.eval()
-            self._student = adadfq.quantize(teacher, setting.weight_bits, setting.act_bits)
+            self._student = adadfq.quantize(other, setting.weight_bits, setting.act_bits)
             self._student(images)
             set_calibrating(self._student, False)
         self._random = torch.Generator(device).manual_seed(setting.seed)
@@ -149,8 +144,16 @@ class Start:
         return noise, labels
 
 
-def _norms(network: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+def _with_statistics(network: nn.Module, images: Tensor) -> nn.Module:
+    """`network` in eval mode, with the statistics of `images` in its BatchNorm layers."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the plain average
+    network.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return network.eval()
 
 
 def swap_quantizers(
