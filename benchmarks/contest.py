@@ -144,12 +144,26 @@ class Start:
         return noise, labels
 
 
+def _with_both_signs(weight: Tensor) -> Tensor:
+    """`weight` with the sign of the first element turned in output channels whose weights have one sign.
+
+    A range that holds 0 anyway is the same to every player: the authors' is not widened to hold it.
+    """
+    flat = weight.flatten(1).clone()
+    one_sign = (flat.amin(1) > 0) | (flat.amax(1) < 0)
+    flat[one_sign, 0] *= -1
+    return flat.view_as(weight)
+
+
 def _with_statistics(network: nn.Module, images: Tensor) -> nn.Module:
     """`network` in eval mode, with the statistics of `images` in its BatchNorm layers."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # the plain average
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.copy_(_with_both_signs(module.weight))
     network.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -122,6 +122,12 @@ def test_a_forced_backend_does_not_serve_our_step(environment: dict[str, Any], m
     assert (ours["backend"], reference["backend"]) == ("cpu", "reference")
 
 
+def test_every_channel_has_both_signs() -> None:
+    weight = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [1.0, -2.0], [-1.0, 2.0]])
+    turned = torch.tensor([[-1.0, 2.0], [1.0, -2.0], [1.0, -2.0], [-1.0, 2.0]])
+    assert torch.equal(contest._with_both_signs(weight), turned)
+
+
 def test_what_is_compared() -> None:
     gradients = {"a": torch.tensor([3.0, 4.0]), "unused": None}
     want = contest.Step(1.0, -2.0, gradients, gradients)
@@ -136,6 +142,13 @@ def test_what_is_compared() -> None:
     assert "cosine" in str(changed(generator={"a": torch.tensor([4.0, 3.0])}))
     assert "times as long" in str(changed(student={"a": torch.tensor([3.3, 4.4])}))
     assert "no gradient for a" in str(changed(student={"a": None}))
+
+
+def test_bfloat16_may_be_off_by_more() -> None:
+    ours = KINDS["adadfq-bf16"]
+    assert step.tolerance_for(TINY, KINDS["adadfq"]) is step.tolerance_for(TINY, KINDS["authors"]) is step.FLOAT32
+    assert step.tolerance_for(TINY, ours) is step.BFLOAT16
+    assert step.tolerance_for(Setting(model="resnet18"), ours) is step.BFLOAT16_DEEP
 
 
 def test_bfloat16_is_near_float32(environment: dict[str, Any]) -> None:
