@@ -101,13 +101,14 @@ def _kept_buffers() -> Iterator[None]:
 
 
 class Ours:
-    """:class:`adadfq.Trainer`, with both networks in training."""
+    """:class:`adadfq.Trainer`, with both networks in training; `plainly` without fused networks and CUDA graphs."""
 
-    def __init__(self, start: Start, precision: str = "float32", fuse: bool = True) -> None:
+    def __init__(self, start: Start, precision: str = "float32", plainly: bool = False) -> None:
         self._start = start
         recipe = start.recipe.replace(precision=precision)
+        how = {"fuse": False, "capture": False} if plainly else {}
         self.trainer = adadfq.Trainer(
-            start.teacher(), start.student(), recipe, start.generator(), device=start.device, fuse=fuse, progress=False
+            start.teacher(), start.student(), recipe, start.generator(), device=start.device, progress=False, **how
         )
         game = self.trainer.game
         self.parts = {"teacher": game.teacher, "student": game.student, "generator": game.generator}
@@ -157,5 +158,5 @@ KINDS: tuple[Kind, ...] = (
     Kind(COMPILE, lambda start, _: Plain(start, compiled=True)),
     Kind(OURS, lambda start, _: Ours(start), backend="auto"),
     Kind(OURS_BF16, lambda start, _: Ours(start, "bfloat16"), "bfloat16", "auto"),
-    Kind(REFERENCE, lambda start, _: Ours(start, fuse=False), backend="reference"),
+    Kind(REFERENCE, lambda start, _: Ours(start, plainly=True), backend="reference"),
 )

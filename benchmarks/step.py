@@ -52,6 +52,8 @@ BFLOAT16_DEEP = Tolerance(0.05, -1.0, 0.5)
 MIN_ROUNDS = 3
 #: Steps that are profiled, but one where it takes longer than :data:`benchmarks.timing.LONG`.
 PROFILED = 3
+#: Calls before anything is measured: on a GPU, adadfq records its graph in one of the first.
+WARM_UP = {"cuda": 5}
 #: Losses below this are as good as 0.
 NOTHING = 1e-4
 
@@ -147,7 +149,8 @@ def _enter(entry: Entry, start: Start, room: Room, authors: Path | None, noise: 
         try:
             entry.player = kind.build(start, authors)
             entry.step = _copied(entry.player.checked(noise, labels))
-            entry.player()
+            for _ in range(WARM_UP.get(device.type, 1)):
+                entry.player()
         except (Unavailable, torch._dynamo.exc.TorchDynamoException) as error:
             lines = str(error).strip().splitlines() or [""]
             reason = lines[0] if isinstance(error, Unavailable) else f"{type(error).__name__}: {lines[0]}"
