@@ -176,7 +176,7 @@ def finish(entry: Entry, samples: timing.Samples, device: torch.device) -> None:
     assert player is not None
     low, median, high = samples.quantiles()
     with entry.provider().active():
-        peak = memory.peak_bytes(player, device) + entry.graph_bytes
+        peak = memory.peak_bytes(player, device, replaces=True) + entry.graph_bytes
         steps = PROFILED if median < timing.LONG else 1
         shares = breakdown(player.eagerly, player.parts, player.quantizers, device, steps)
     row |= {

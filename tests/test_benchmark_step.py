@@ -26,6 +26,7 @@ from benchmarks import (
     breakdown,
     classifiers,
     contest,
+    memory,
     networks,
     plain_step,
     players,
@@ -325,6 +326,19 @@ def test_memory_is_estimated_from_the_sizes(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert outputs(8, 32) == 2 * outputs(4, 32) and outputs(4, 32) == pytest.approx(4 * outputs(4, 16), rel=0.01)
     assert room.available_bytes(CPU) is None or room.available_bytes(CPU) > 1 << 20
+
+
+def test_what_a_step_frees_counts_as_alive_before() -> None:
+    kept = []
+
+    def step() -> None:
+        kept.clear()
+        kept.append(torch.zeros(1 << 20))
+        torch.zeros(1 << 18)
+
+    assert memory.peak_bytes(step, CPU, replaces=True) == 1 << 20
+    step()
+    assert memory.peak_bytes(step, CPU) == (1 << 22) + (1 << 20)
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
