@@ -161,7 +161,9 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self._losses = []
         logits = self.network(images)
-        return logits, torch.stack(self._losses).mean()
+        loss = torch.stack(self._losses).mean()
+        self._losses = []  # they hold the graph
+        return logits, loss
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -146,10 +146,10 @@ def test_what_is_compared() -> None:
 
 
 def test_bfloat16_may_be_off_by_more() -> None:
-    ours = KINDS["adadfq-bf16"]
-    assert step.tolerance_for(TINY, KINDS["adadfq"]) is step.tolerance_for(TINY, KINDS["authors"]) is step.FLOAT32
-    assert step.tolerance_for(TINY, ours) is step.BFLOAT16
-    assert step.tolerance_for(Setting(model="resnet18"), ours) is step.BFLOAT16_DEEP
+    ours, deep = KINDS["adadfq-bf16"], Setting(model="resnet18")
+    assert step.tolerance_for(TINY, KINDS["adadfq"]) is step.tolerance_for(TINY, KINDS["authors"])
+    assert step.tolerance_for(TINY, ours).loss > step.tolerance_for(TINY, KINDS["adadfq"]).loss
+    assert step.tolerance_for(deep, ours).cosine < step.tolerance_for(TINY, ours).cosine
 
 
 def test_bfloat16_is_near_float32(environment: dict[str, Any]) -> None:
@@ -312,12 +312,9 @@ def test_what_does_not_fit_is_left_out_with_a_reason(
     rows = step.run_step(size, CPU, environment, 5, 0)
     assert {row["status"] for row in rows} == {"unavailable"}
     assert all("GB of memory, and 1.07 GB are free" in row["error"] for row in rows)
-    # The hungriest alone.
-    needs = room.Room(TINY, CPU, 2)
-    between = (needs.needed_bytes("authors") + needs.needed_bytes("adadfq")) / 2
-    monkeypatch.setattr(room, "available_bytes", lambda device: between / room._USABLE)
-    row, reference = step.run_step(TINY, CPU, environment, 5, 0, patterns=("authors",))
-    assert "of memory" in row["error"] and reference["status"] == "ok"
+    needed = room.Room(TINY, CPU, 2).needed_bytes()
+    monkeypatch.setattr(room, "available_bytes", lambda device: needed / room._USABLE + 1)
+    assert room.Room(TINY, CPU, 2).why_not() is None and "GB" in str(room.Room(TINY, CPU, 3).why_not())
 
 
 def test_memory_is_estimated_from_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
