@@ -191,15 +191,45 @@ def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
         sys.exit(EXIT_WRONG)
 
 
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    words = _words(context, parameter, value)
+    if bad := [word for word in words if not word.isdecimal() or int(word) < 1]:
+        raise click.BadParameter(f"must be positive numbers between commas, got {bad[0]!r}")
+    return tuple(int(word) for word in words)
+
+
 @main.command()
 @_timing
 @_json
-@click.option("--model", default="resnet20", show_default=True, help="A built-in, or module.path:callable.")
-@click.option("--recipe", default="cifar10_resnet20", show_default=True, help="Recipe whose settings are used.")
+@click.option("--suite", default="quick", show_default=True, metavar="quick|judged|full", help="Which cases.")
+@click.option(
+    "--model",
+    "models",
+    default="",
+    callback=_words,
+    metavar="MODEL,...",
+    help="Instead of the suite's: resnet20, resnet18, mobilenet_v2, another built-in, or module.path:callable.",
+)
+@click.option(
+    "--batch-size", "batch_sizes", default="", callback=_numbers, metavar="N,...", help="Instead of the suite's."
+)
+@click.option("--recipe", help="Recipe whose settings are used; by default the model's.")
 @click.option("--image-size", type=int, help="Pixels; by default the recipe's.")
-@click.option("--batch-size", default=16, show_default=True)
 @click.option("--weight-bits", default=4, show_default=True)
 @click.option("--act-bits", default=4, show_default=True)
+@click.option("--providers", default="*", callback=_words, metavar="PATTERN,...", help="Only these, and the reference.")
+@click.option(
+    "--authors",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="A checkout of hfutqian/AdaDFQ, whose step is timed too.",
+)
+@click.option("--scaling", "by_size", is_flag=True, help="Time this project's step over batches and sizes instead.")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a Chrome trace of one step of this project's instead.",
+)
 @_dry_run
 def step(
     device_name: str,
@@ -207,28 +237,61 @@ def step(
     rounds: int,
     seconds: float,
     json_path: Path | None,
+    suite: str,
+    models: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    providers: tuple[str, ...],
+    authors: Path | None,
+    by_size: bool,
+    profile: Path | None,
     dry_run: bool,
-    **setting: Any,
+    **others: Any,
 ) -> None:
-    """Time one training step of the game with this project's backends and with the reference."""
-    from benchmarks import store
-    from benchmarks.environment import describe, machine, pick_device
-    from benchmarks.report import rows_text
-    from benchmarks.step import Setting, run_step
+    """Time one training step of the game, played by this project, plain PyTorch and the authors' code.
 
-    if dry_run:
-        Setting(**setting).resolved()
+    Exits with 1 where a step was wrong.
+    """
+    from benchmarks import contest, scaling, store
+    from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.report import step_text
+    from benchmarks.step import chosen, run_step, write_trace
+
+    settings = contest.settings(suite, models, batch_sizes, **others)
+    chosen(providers)
+    for setting in settings:
+        setting.resolved()
+    if dry_run:  # on a machine without the device, too
+        click.echo(f"{len(settings)} cases")
         return
     device = pick_device(device_name, threads)
+    if profile is not None:
+        write_trace(profile, settings[0], device)
+        click.echo(profile)
+        return
     environment = describe(device)
-    content = store.document("step", environment, {"rounds": rounds, "seconds": seconds, **setting})
+    options = {
+        "suite": suite,
+        "cases": [setting.case() for setting in settings],
+        "providers": list(providers),
+        "authors": authors is not None,
+        "scaling": by_size,
+        "rounds": rounds,
+        "seconds": seconds,
+    }
+    content = store.document("step", environment, options)
     if json_path is not None:
-        store.write(json_path, content)
+        store.write(json_path, content)  # a path that cannot be written is found now
     click.echo(machine(environment))
-    content["rows"] = run_step(Setting(**setting), device, environment, rounds, seconds)
-    click.echo(rows_text(content["rows"]))
-    if json_path is not None:
-        store.write(json_path, content)
+    for setting in settings:
+        if by_size:
+            rows = scaling.run_scaling(setting, device, environment, rounds, seconds)
+            click.echo(f"\n{step_text(rows)}\n{scaling.scaling_text(rows)}")
+        else:
+            rows = run_step(setting, device, environment, rounds, seconds, authors, providers)
+            click.echo(f"\n{step_text(rows)}")
+        content["rows"] += rows
+        if json_path is not None:
+            store.write(json_path, content)  # what was measured outlives an interrupt
     _exit_if_wrong(content["rows"])
 
 
@@ -437,7 +500,7 @@ def routes(results: tuple[Path, ...], path: Path, dry_run: bool) -> None:
 @click.argument("results", type=_file)
 @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), help="Default: beside the file.")
 def plot(results: Path, folder: Path | None) -> None:
-    """PNG: speed-up against size and a roofline with the copy's line; for a step, images a second; for
+    """PNG: speed-up against size and a roofline with the copy's line; for steps, time by part and memory; for
     accuracies, their spread and the time an image takes."""
     from benchmarks import store
     from benchmarks.plot import plot as draw

@@ -17,6 +17,8 @@ from adadfq.errors import InvalidInputError
 from benchmarks import huge_pages
 
 _ROOT = Path(__file__).parents[1]
+#: What decides how fast bfloat16 is on a CPU, as Linux names it.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
 def pick_device(name: str, threads: int) -> torch.device:
@@ -39,6 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """device, device_name, cpu, cpus, threads, system, versions {name: version}, git_commit, git_dirty, date (UTC).
 
     Also transparent_hugepage, the system's mode, and thp_mem_alloc, whether PyTorch's allocator asks for huge pages.
+    cpu_flags are those of :data:`CPU_FLAGS` that the processor has, where the system tells.
     native_matches_sources says whether csrc is what the native modules were built from; None where nobody knows.
     git_commit and git_dirty are None outside a git checkout.
     """
@@ -51,6 +54,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["name"],
         "cpu": f"{cpu['name']} ({cpu['capability']})",
         "cpus": os.cpu_count(),
+        "cpu_flags": cpu_flags(),
         "threads": torch.get_num_threads(),
         "transparent_hugepage": huge_pages.mode(),
         "thp_mem_alloc": huge_pages.asked_for(),
@@ -67,6 +71,16 @@ def describe(device: torch.device) -> dict[str, Any]:
         "git_dirty": None if status is None else bool(status),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Those of :data:`CPU_FLAGS` that the first processor has; none where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [flag for flag in CPU_FLAGS if flag in found]
 
 
 def machine(environment: dict[str, Any]) -> str:

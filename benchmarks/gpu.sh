@@ -110,7 +110,7 @@ run_bench() {
     --limit 140 --json "$results/ops-cuda.json"
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
   run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
-  run --dry-run "$python" -m benchmarks step --device cuda --rounds 21 --seconds 10 --json "$results/step-cuda.json"
+  run --dry-run "$python" -m benchmarks step --device cuda --providers "plain,adadfq*" --rounds 21 --seconds 10 --json "$results/step-cuda.json"
   [ -n "$dry_run" ] ||
     "$python" -c 'import json, sys; sys.exit(bool(json.load(open(sys.argv[1]))["left_out"]))' "$results/ops-cuda.json" ||
     return "$partial"

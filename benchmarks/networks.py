@@ -78,7 +78,7 @@ def _resnet50() -> list[Layer]:
 
 
 #: Expansion, channels, blocks, stride of the first: table 2 of the MobileNetV2 paper.
-_MOBILENETV2 = (
+MOBILENETV2 = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -92,7 +92,7 @@ _MOBILENETV2 = (
 def _mobilenetv2() -> list[Layer]:
     layers = [_conv("features.0.0", 32, 3, 3, 112, "relu6")]
     index, inputs, size = 1, 32, 112
-    for expansion, channels, blocks, first_stride in _MOBILENETV2:
+    for expansion, channels, blocks, first_stride in MOBILENETV2:
         for block in range(blocks):
             stride = first_stride if block == 0 else 1
             prefix, hidden, i = f"features.{index}.conv", inputs * expansion, 0

@@ -10,7 +10,8 @@ from typing import Any
 
 from adadfq import files
 from adadfq.errors import InvalidInputError
-from benchmarks import accuracy_report, ratios
+from benchmarks import accuracy_report, ratios, scaling
+from benchmarks.breakdown import PARTS
 from benchmarks.cases import TINY
 from benchmarks.environment import machine
 from benchmarks.providers import CLONE, COPY
@@ -26,7 +27,9 @@ def names(content: dict[str, Any]) -> tuple[str, ...]:
         return ("spread",) if any(row["status"] == "ok" for row in content["rows"]) else ()
     if content["kind"] not in TIMED or not any(row["status"] == "ok" for row in content["rows"]):
         return ()
-    return ("step",) if content["kind"] == "step" else ("speedup", "roofline")
+    if content["kind"] == "step":
+        return ("scaling",) if content["options"].get("scaling") else ("step",)
+    return ("speedup", "roofline")
 
 
 def digest(content: dict[str, Any]) -> str:
@@ -54,7 +57,10 @@ def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
         fields = accuracy_report.networks(content["rows"])
         return [_save(content, folder / f"{stem}-spread.png", accuracy_report.draw, fields, 2)]
     if content["kind"] == "step":
-        return [_save(content, folder / f"{stem}-step.png", _step, 1, 1)]
+        (name,) = names(content)
+        bars = sum(row["status"] == "ok" for row in content["rows"])
+        height = 1.5 + 0.35 * max(bars, 8) if name == "step" else None
+        return [_save(content, folder / f"{stem}-{name}.png", _STEPS[name], 1, 2, height)]
     ops = list(dict.fromkeys(row["op"] for row in _timed(content)))
     columns = min(3, len(ops))
     return [
@@ -75,11 +81,18 @@ def _on_gpu(content: dict[str, Any]) -> bool:
 
 
 def _save(
-    content: dict[str, Any], path: Path, draw: Callable[[Any, Sequence[Any]], None], rows: int, columns: int
+    content: dict[str, Any],
+    path: Path,
+    draw: Callable[[Any, Sequence[Any]], None],
+    rows: int,
+    columns: int,
+    height: float | None = None,
 ) -> Path:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(10, 4.5 * columns), 1 + 3.5 * rows if rows * columns > 1 else 5), layout="constrained")
+    if height is None:
+        height = 1 + 3.5 * rows if rows * columns > 1 else 5
+    figure = Figure(figsize=(max(10, 4.5 * columns), height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     draw(content, axes)
     figure.suptitle(machine(content["environment"]), fontsize=9)
@@ -158,11 +171,49 @@ def _roofline(content: dict[str, Any], axes: Sequence[Any]) -> None:
 
 
 def _step(content: dict[str, Any], axes: Sequence[Any]) -> None:
-    """Images a second, a bar a player; on a CPU as multiples of the last one's."""
-    (axis,) = axes
+    """A bar a player: its time, divided by part; and its peak memory.
+
+    On a CPU, time in that of the case's slowest player.
+    """
+    times, memory = axes
     rows = [row for row in _timed(content) if row["status"] == "ok"]
-    labels = [f"{row['provider']}\n{row['case'].removeprefix('step/')}" for row in rows]
-    unit = 1.0 if _on_gpu(content) else rows[-1]["images_per_s"]
-    axis.barh(labels, [row["images_per_s"] / unit for row in rows], color=[f"C{i % 2}" for i in range(len(rows))])
-    axis.invert_yaxis()
-    axis.set(xlabel="images/s" if _on_gpu(content) else f"times as fast as {rows[-1]['provider']}")
+    labels = [f"{row['case'].removeprefix('step/')}  {row['provider']}" for row in rows]
+    slowest: dict[str, float] = {}
+    for row in rows:
+        slowest[row["case"]] = max(slowest.get(row["case"], 0.0), row["p50_ms"])
+    whole = [row["p50_ms"] if _on_gpu(content) else row["p50_ms"] / slowest[row["case"]] for row in rows]
+    left = [0.0] * len(rows)
+    for i, part in enumerate(PARTS):
+        widths = [row["parts"][part] * time for row, time in zip(rows, whole, strict=True)]
+        times.barh(labels, widths, left=left, color=f"C{i}", label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    times.set(xlabel="ms" if _on_gpu(content) else "time, in that of the slowest")
+    times.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1))
+    memory.barh(labels, [row["peak_memory_bytes"] / 1e6 for row in rows], color="gray")
+    memory.set(xlabel="peak memory, MB")
+    memory.tick_params(labelleft=False)
+    for axis in axes:
+        axis.invert_yaxis()
+
+
+def _scaling(content: dict[str, Any], axes: Sequence[Any]) -> None:
+    """Time against the batch and against the pixels, with the straight line through it; on a CPU, in the longest."""
+    for axis, (key, name) in zip(axes, scaling.AXES.items(), strict=True):
+        found = scaling.points(content["rows"], key)
+        axis.set(xlabel=name, ylabel="ms" if _on_gpu(content) else "time, in the longest")
+        if len(found) < 2:
+            continue
+        xs, ys = zip(*found, strict=True)
+        unit = 1.0 if _on_gpu(content) else ys[-1]
+        line = scaling.fit(xs, [y / unit for y in ys])
+        axis.plot(xs, [y / unit for y in ys], "o")
+        ends = (0, xs[-1])
+        label = f"$r^2$ = {line.r2:.4f}, intercept {line.intercept:.3g}"
+        axis.plot(ends, [line.intercept + line.slope * x for x in ends], linewidth=1, label=label)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=min(0.0, 1.1 * line.intercept))
+        axis.legend()
+
+
+#: Name of a plot of steps -> what draws it.
+_STEPS = {"step": _step, "scaling": _scaling}

@@ -7,34 +7,52 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy_report, plot, ratios
+from benchmarks.breakdown import PARTS
 from benchmarks.cases import LOGIT_LOSSES, TINY
 from benchmarks.environment import machine
+from benchmarks.players import AUTHORS
+from benchmarks.players import PLAIN as STEP_PLAIN
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
 from benchmarks.ratios import EAGER, RIVALS, Comparison, Judgement, Row
 from benchmarks.resources import arch_number
+from benchmarks.scaling import scaling_text
 from benchmarks.tables import markdown_table, number, text_table
 
 
 def rows_text(rows: Sequence[Row]) -> str:
-    """Every row of one case or step."""
-    ops = "bytes_moved" in rows[0]
-    header = [
-        "provider",
-        "p20 ms",
-        "p50 ms",
-        "p80 ms",
-        *(["GB/s", "of copy", "of clone"] if ops else ["images/s"]),
-        "peak MB",
-    ]
+    """Every row of one case of operators."""
+    header = ["provider", "p20 ms", "p50 ms", "p80 ms", "GB/s", "of copy", "of clone", "peak MB"]
+    keys = ("p20_ms", "p50_ms", "p80_ms", "gb_per_s", "fraction_of_copy", "fraction_of_clone")
+    table = text_table(header, [[row["provider"], *(number(row[key]) for key in keys), _peak(row)] for row in rows])
+    return "\n".join([rows[0]["case"], table, *_notes(rows)])
+
+
+def step_text(rows: Sequence[Row]) -> str:
+    """Every row of steps, and the milliseconds of their parts."""
+    cases = ratios.by_case(rows)
+    header = ["step", "p20 ms", "p50 ms", "p80 ms", "images/s", "x authors", "x plain", "peak MB", *PARTS]
     lines = []
     for row in rows:
-        last = ["gb_per_s", "fraction_of_copy", "fraction_of_clone"] if ops else ["images_per_s"]
-        peak = row["peak_memory_bytes"]
-        values = [row["p20_ms"], row["p50_ms"], row["p80_ms"], *(row[key] for key in last)]
-        lines.append([row["provider"], *map(number, values), number(None if peak is None else peak / 1e6)])
-    table = text_table(header, lines)
-    notes = [f"  {row['provider']}: {row['status']}: {row['error']}" for row in rows if row["error"]]
-    return "\n".join([rows[0]["case"], table, *notes])
+        speeds = [number(_speed_up(cases[row["case"]], row, rival)) for rival in (AUTHORS, STEP_PLAIN)]
+        parts = [number(None if row["parts"] is None else row["parts"][part] * row["p50_ms"]) for part in PARTS]
+        times = [number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms", "images_per_s")]
+        lines.append([f"{row['case'].removeprefix('step/')} {row['provider']}", *times, *speeds, _peak(row), *parts])
+    return "\n".join([text_table(header, lines), *_notes(rows)])
+
+
+def _peak(row: Row) -> str:
+    peak = row["peak_memory_bytes"]
+    return number(None if peak is None else peak / 1e6)
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    return [f"  {row['provider']}: {row['status']}: {row['error']}" for row in rows if row["error"]]
+
+
+def _speed_up(providers: dict[str, Row], row: Row, name: str) -> float | None:
+    """How many times as fast as `name` the row's player is."""
+    other = ratios.timed(providers, name)
+    return None if other is None or row["status"] != "ok" else other["p50_ms"] / row["p50_ms"]
 
 
 _MET = {True: "met", False: "NOT MET", None: "no time"}
@@ -136,7 +154,9 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
         title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"
     parts = [title]
     if content["kind"] == "step":
-        parts += [table for table in [_step_table(rows)] if table]
+        parts += _step_tables(rows)
+        if content["options"].get("scaling"):
+            parts.append("\n".join(f"- {line}" for line in scaling_text(rows).splitlines()))
     else:
         parts += [
             table
@@ -289,15 +309,29 @@ def _overhead_table(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines) if lines else ""
 
 
-def _step_table(rows: Sequence[Row]) -> str:
-    lines = []
+def _step_tables(rows: Sequence[Row]) -> list[str]:
+    """Speed and memory of every player, and the shares of its parts."""
+    cases = ratios.by_case(rows)
     timed = [row for row in rows if row["status"] == "ok"]
+    if not timed:
+        return []
     on_gpu = any(row["device"] != "cpu" for row in timed)
+    speeds, parts = [], []
     for row in timed:
-        speeds = [number(row["p50_ms"]), number(row["images_per_s"])] if on_gpu else []
-        cells = [*speeds, f"{number(timed[-1]['p50_ms'] / row['p50_ms'])}x", number(row["peak_memory_bytes"] / 1e6)]
-        lines.append([f"`{row['case']}`", row["provider"], *cells])
-    if not lines:
-        return ""
-    units = ["ms", "images/s"] if on_gpu else []
-    return markdown_table(["one step", "", *units, f"against {timed[-1]['provider']}", "peak MB"], lines)
+        providers = cases[row["case"]]
+        name = [f"`{row['case'].removeprefix('step/')}`", row["provider"]]
+        authors = ratios.timed(providers, AUTHORS)
+        memory = None if authors is None else row["peak_memory_bytes"] / authors["peak_memory_bytes"]
+        against = [_times(_speed_up(providers, row, rival)) for rival in (AUTHORS, STEP_PLAIN)]
+        units = [number(row["p50_ms"]), number(row["images_per_s"])] if on_gpu else []
+        speeds.append([*name, *units, *against, _peak(row), _times(memory)])
+        parts.append([*name, *(f"{100 * row['parts'][part]:.0f} %" for part in PARTS)])
+    header = ["one step", "", *(["ms", "images/s"] if on_gpu else []), "against authors", "against plain", "peak MB"]
+    return [
+        markdown_table([*header, "peak against authors"], speeds),
+        markdown_table(["where its time goes", "", *PARTS], parts),
+    ]
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{number(value)}x"

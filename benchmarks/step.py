@@ -1,171 +1,232 @@
-"""Measuring one step of the game (:meth:`adadfq.game.Game.step`).
+"""Measuring one training step of the game: time, memory and where the time goes, of every player.
 
-The players take turns, each on networks of its own. The reference takes everybody's first step, which calibrates; then
-the ranges are frozen, as they are when time is taken. The next step, from equal networks, noise and labels, must agree
-in the losses and in the direction of both gradients; later ones drift apart, for training amplifies every rounding.
+The players take turns in one process, each on networks of its own, which begin equal and with frozen ranges, as they
+are in all but the first epochs. Their first step, on equal noise and labels, must agree with the reference in the
+losses and in both gradients; later ones drift apart, for training amplifies every rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import adadfq
-from adadfq.game import METRICS
-from adadfq.nn import set_calibrating
+from adadfq import files
+from adadfq.errors import InvalidInputError
+from adadfq.models.build import BUILTINS
 from adadfq.ops import dispatch
 from adadfq.ops.schema import OPERATORS
 from benchmarks import memory, timing
-from benchmarks.providers import REFERENCE, Provider
-
-#: How far the losses of the checked step may be from the reference's, of these: a rounding tie may move a logit.
-TOLERANCE = 0.02
-#: Losses below this are as good as 0.
-NOTHING = 1e-4
-#: Least cosine between the gradients of the checked step and the reference's.
-COSINE = 0.99
-#: Metrics that are compared; the others count argmaxes.
-_COMPARED = tuple(i for i, name in enumerate(METRICS) if name.startswith("loss") or name == "h_prime")
+from benchmarks.breakdown import PARTS, breakdown, profiled, ranges
+from benchmarks.contest import Setting, Start, Step
+from benchmarks.players import KINDS, OURS, Kind, Player, Unavailable
+from benchmarks.providers import Provider
+from benchmarks.room import Room
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is trained."""
+class Tolerance:
+    """How far the checked step may be from the reference's."""
 
-    model: str = "resnet20"
-    recipe: str = "cifar10_resnet20"
-    image_size: int | None = None
-    batch_size: int = 16
-    weight_bits: int = 4
-    act_bits: int = 4
-    seed: int = 1
-
-    def resolved(self) -> adadfq.Recipe:
-        """The recipe with what this setting overrides.
-
-        Raises:
-            InvalidInputError: there is no such recipe, or a value does not fit.
-        """
-        overrides: dict[str, Any] = {"batch_size": self.batch_size}
-        if self.image_size is not None:
-            overrides["image_size"] = self.image_size
-        return adadfq.Recipe.named(self.recipe, **overrides)
+    loss: float
+    """Of the reference's loss: a rounding tie may move a logit."""
+    cosine: float
+    """Least cosine between the gradients: a tie early in the student moves many further on."""
+    length: float
+    """Of the length of the reference's gradient."""
 
 
-class _Player:
-    """A trainer, stepping with both networks in training."""
-
-    def __init__(self, setting: Setting, device: torch.device) -> None:
-        recipe = setting.resolved()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(setting.seed)
-            teacher = adadfq.build_model(setting.model, num_classes=recipe.num_classes).eval()
-        student = adadfq.quantize(teacher, setting.weight_bits, setting.act_bits)
-        self.trainer = adadfq.Trainer(teacher, student, recipe, seed=setting.seed, device=device, progress=False)
-        self.random = torch.Generator(device).manual_seed(setting.seed)
-
-    def calibrate(self) -> None:
-        """Calibrate and train on one batch, then freeze the ranges."""
-        self()
-        set_calibrating(self.trainer.student, False)
-
-    def checked_step(self) -> list[Tensor]:
-        """A step with frozen ranges: (losses, generator's gradient, student's)."""
-        metrics = self()
-        game = self.trainer.game
-        players = (game.generator_parameters, game.student_parameters)
-        gradients = [torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]) for parameters in players]
-        return [metrics[list(_COMPARED)], *gradients]
-
-    def __call__(self) -> Tensor:
-        recipe, device = self.trainer.recipe, self.trainer.device
-        noise = torch.randn(recipe.batch_size, recipe.latent_dim, generator=self.random, device=device)
-        labels = torch.randint(recipe.num_classes, (recipe.batch_size,), generator=self.random, device=device)
-        return self.trainer.game.step(noise, labels, train_student=True)
+#: Precision -> what is allowed for the shallow networks that are built in.
+TOLERANCES = {"float32": Tolerance(0.005, 0.999, 0.02), "bfloat16": Tolerance(0.05, 0.9, 0.2)}
+#: For deeper ones: with random weights, and none of the order that training brings, every code that a rounding moves
+#: early in the student moves more of them further on, and turns the gradients. In bfloat16 little is left of their
+#: direction.
+DEEP = {"float32": Tolerance(0.02, 0.7, 0.3), "bfloat16": Tolerance(0.05, -1.0, 0.5)}
+#: Fewer than an operator gets: a step of a large network takes seconds.
+MIN_ROUNDS = 3
+#: Steps that are profiled, but one where it takes longer than :data:`benchmarks.timing.LONG`.
+PROFILED = 3
+#: Calls before anything is measured: on a GPU, adadfq records its graph in one of the first.
+WARM_UP = {"cuda": 5}
+#: Losses below this are as good as 0.
+NOTHING = 1e-4
 
 
-REFERENCE_BACKEND = "reference"
+@dataclass
+class Entry:
+    """One player of a case, and what is known of it."""
+
+    kind: Kind
+    row: dict[str, Any]
+    player: Player | None = None
+    graph_bytes: int = 0
+    """Memory of its CUDA graphs, which the allocator does not count as used between their replays."""
+    step: Step | None = field(default=None, repr=False)
+
+    def provider(self, name: str | None = None) -> Provider:
+        assert self.player is not None
+        return Provider(name or self.kind.name, self.player, backend=self.kind.backend)
 
 
-def _backend_player(name: str, backend: str | None) -> Callable[[Setting, torch.device], Provider]:
-    def build(setting: Setting, device: torch.device) -> Provider:
-        player = _Player(setting, device)
-        with Provider(name, player, backend=REFERENCE_BACKEND).active():
-            player.calibrate()
-        return Provider(name, player, player.checked_step, backend)
+def chosen(patterns: Sequence[str]) -> tuple[Kind, ...]:
+    """The kinds whose names fit one of `patterns`, and the reference, which checks them.
 
-    return build
-
-
-#: Who can play. The last one's checked step is what the others' are compared with.
-PLAYERS: dict[str, Callable[[Setting, torch.device], Provider]] = {
-    "adadfq": _backend_player("adadfq", "auto"),
-    REFERENCE: _backend_player(REFERENCE, REFERENCE_BACKEND),
-}
+    Raises:
+        InvalidInputError: a pattern fits none.
+    """
+    names = [kind.name for kind in KINDS]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InvalidInputError(f"providers: {pattern!r} fits none of {', '.join(names)}")
+    return tuple(
+        kind for kind in KINDS if kind is KINDS[-1] or any(fnmatchcase(kind.name, pattern) for pattern in patterns)
+    )
 
 
 def run_step(
-    setting: Setting, device: torch.device, environment: dict[str, Any], rounds: int, seconds: float
+    setting: Setting,
+    device: torch.device,
+    environment: dict[str, Any],
+    rounds: int,
+    seconds: float,
+    authors: Path | None = None,
+    patterns: Sequence[str] = ("*",),
 ) -> list[dict[str, Any]]:
     """One row a player; see :data:`benchmarks.store.FIELDS`.
 
     Raises:
-        InvalidInputError: the model, the recipe or the sizes do not fit together.
+        InvalidInputError: the model, the recipe or the sizes do not fit together, or a pattern fits no player.
     """
+    entries = prepared(setting, device, environment, authors, chosen(patterns))
+    timed = [entry for entry in entries if entry.row["status"] == "ok"]
+    samples = timing.measure([entry.provider() for entry in timed], device, rounds, seconds, MIN_ROUNDS)
+    for entry in timed:
+        finish(entry, samples[entry.kind.name], device)
+    return [entry.row for entry in entries]
+
+
+def prepared(
+    setting: Setting,
+    device: torch.device,
+    environment: dict[str, Any],
+    authors: Path | None,
+    kinds: Sequence[Kind],
+) -> list[Entry]:
+    """Players that have made their checked step; the rows say who was not right, or could not play and why."""
+    entries = [Entry(kind, _row(setting, kind, environment)) for kind in kinds]
+    if (reason := Room(setting, device, len(kinds)).why_not()) is not None:
+        for entry in entries:
+            entry.row |= {"status": "unavailable", "error": reason}
+        return entries
+    start = Start(setting, device)
+    noise, labels = start.draw()
+    for entry in entries:
+        _enter(entry, start, authors, noise, labels)
+    want = entries[-1].step
+    assert want is not None
+    for entry in entries:
+        tolerance = tolerance_for(setting, entry.kind)
+        if entry.step is not None and (error := difference(entry.step, want, tolerance)):
+            entry.row |= {"status": "wrong", "error": error}
+        entry.step = None  # its gradients
+    return entries
+
+
+def _enter(entry: Entry, start: Start, authors: Path | None, noise: Tensor, labels: Tensor) -> None:
+    kind, device = entry.kind, start.device
+    before = memory.graph_bytes(device)
+    with Provider(kind.name, lambda: None, backend=kind.backend).active():
+        try:
+            entry.player = kind.build(start, authors)
+            entry.step = _copied(entry.player.checked(noise, labels))
+            for _ in range(WARM_UP.get(device.type, 1)):
+                entry.player()
+        except (Unavailable, torch._dynamo.exc.TorchDynamoException) as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = lines[0] if isinstance(error, Unavailable) else f"{type(error).__name__}: {lines[0]}"
+            entry.row |= {"status": "unavailable", "error": reason}
+            entry.player = entry.step = None
+            return
+        entry.row["backend"] = None if kind.backend is None else _served(device)
+    entry.graph_bytes = memory.graph_bytes(device) - before
+
+
+def _copied(step: Step) -> Step:
+    """The next step writes over the gradients."""
+    copies = (
+        {name: None if gradient is None else gradient.detach().clone() for name, gradient in gradients.items()}
+        for gradients in (step.generator, step.student)
+    )
+    return Step(step.loss_generator, step.loss_student, *copies)
+
+
+def finish(entry: Entry, samples: timing.Samples, device: torch.device) -> None:
+    """Put into the row of `entry` what was measured, and measure its memory and the shares of its parts."""
+    player, row = entry.player, entry.row
+    assert player is not None
+    low, median, high = samples.quantiles()
+    with entry.provider().active():
+        peak = memory.peak_bytes(player, device, replaces=True) + entry.graph_bytes
+        steps = PROFILED if median < timing.LONG else 1
+        shares = breakdown(player.eagerly, player.parts, player.quantizers, device, steps)
+    row |= {
+        "rounds": len(samples.values),
+        "repeats": samples.repeats,
+        "p20_ms": low * 1e3,
+        "p50_ms": median * 1e3,
+        "p80_ms": high * 1e3,
+        "peak_memory_bytes": peak,
+        "images_per_s": row["batch_size"] / median,
+        "parts": {part: shares[part] for part in PARTS},
+    }
+
+
+def write_trace(path: Path, setting: Setting, device: torch.device) -> None:
+    """Write a Chrome trace of one step of this project's player, its parts marked, after two that warm up.
+
+    Raises:
+        InvalidInputError: the model, the recipe or the sizes do not fit together, or there is no such directory.
+    """
+    kind = next(kind for kind in KINDS if kind.name == OURS)
+    with Provider(kind.name, lambda: None, backend=kind.backend).active():
+        player = kind.build(Start(setting, device), None)
+        player.eagerly()
+        with files.atomic_write(path) as temporary, ranges(player.parts, player.quantizers):
+            player.eagerly()
+            profiled(player.eagerly, device).export_chrome_trace(str(temporary))
+
+
+def _row(setting: Setting, kind: Kind, environment: dict[str, Any]) -> dict[str, Any]:
     recipe = setting.resolved()
-    players = [build(setting, device) for build in PLAYERS.values()]
-    results, served = {}, {}
-    for player in players:
-        assert player.results is not None
-        with player.active():
-            results[player.name] = player.results()
-            served[player.name] = _served(device)
-    want = results[players[-1].name]
-    errors = {name: _error(got, want) for name, got in results.items()}
-    right = [player for player in players if errors[player.name] is None]
-    samples = timing.measure(right, device, rounds, seconds)
-    rows = []
-    for player in players:
-        row = {
-            "case": f"step/{setting.model}@{recipe.image_size}/b{recipe.batch_size}"
-            f"/w{setting.weight_bits}a{setting.act_bits}",
-            "provider": player.name,
-            "backend": served[player.name],
-            "status": "ok" if player in right else "wrong",
-            "error": errors[player.name],
-            "rounds": None,
-            "repeats": None,
-            "p20_ms": None,
-            "p50_ms": None,
-            "p80_ms": None,
-            "peak_memory_bytes": None,
-            "model": setting.model,
-            "image_size": recipe.image_size,
-            "batch_size": recipe.batch_size,
-            "weight_bits": setting.weight_bits,
-            "act_bits": setting.act_bits,
-            "images_per_s": None,
-            **environment,
-        }
-        if player in right:
-            low, median, high = samples[player.name].quantiles()
-            with player.active():
-                peak = memory.peak_bytes(player.call, device)
-            row |= {
-                "rounds": len(samples[player.name].values),
-                "repeats": samples[player.name].repeats,
-                "p20_ms": low * 1e3,
-                "p50_ms": median * 1e3,
-                "p80_ms": high * 1e3,
-                "peak_memory_bytes": peak,
-                "images_per_s": recipe.batch_size / median,
-            }
-        rows.append(row)
-    return rows
+    return {
+        "case": setting.case(),
+        "provider": kind.name,
+        "backend": None,
+        "status": "ok",
+        "error": None,
+        "rounds": None,
+        "repeats": None,
+        "p20_ms": None,
+        "p50_ms": None,
+        "p80_ms": None,
+        "peak_memory_bytes": None,
+        "model": setting.model,
+        "recipe": recipe.name,
+        "image_size": recipe.image_size,
+        "batch_size": setting.batch_size,
+        "weight_bits": setting.weight_bits,
+        "act_bits": setting.act_bits,
+        "precision": kind.precision,
+        "images_per_s": None,
+        "parts": None,
+        **environment,
+    }
 
 
 def _served(device: torch.device) -> str:
@@ -173,16 +234,27 @@ def _served(device: torch.device) -> str:
     return " + ".join(dict.fromkeys(dispatch.select(op, device.type, torch.float32) for op in OPERATORS))
 
 
-def _error(got: list[Tensor], want: list[Tensor]) -> str | None:
-    off = (got[0] - want[0]).abs() - TOLERANCE * want[0].abs() - NOTHING
-    if not bool((off <= 0).all()):
-        worst = int(off.nan_to_num(torch.inf).argmax())
-        return (
-            f"{METRICS[_COMPARED[worst]]} of the checked step is {float(got[0][worst]):.4g}, "
-            f"the reference's {float(want[0][worst]):.4g}"
-        )
-    for name, gradient, expected in zip(("generator", "student"), got[1:], want[1:], strict=True):
-        cosine = float(torch.nn.functional.cosine_similarity(gradient.double(), expected.double(), dim=0))
-        if not cosine >= COSINE:
+def tolerance_for(setting: Setting, kind: Kind) -> Tolerance:
+    """What the checked step of `kind` may be off."""
+    return (TOLERANCES if setting.model in BUILTINS else DEEP)[kind.precision]
+
+
+def difference(got: Step, want: Step, tolerance: Tolerance) -> str | None:
+    """What of `got` is not near `want`; None where all is."""
+    for name in ("loss_generator", "loss_student"):
+        found, expected = getattr(got, name), getattr(want, name)
+        if not math.isfinite(found) or abs(found - expected) > tolerance.loss * abs(expected) + NOTHING:
+            return f"{name} of the checked step is {found:.4g}, the reference's {expected:.4g}"
+    for name in ("generator", "student"):
+        found, expected = getattr(got, name), getattr(want, name)
+        if missing := [key for key in expected if expected[key] is not None and found.get(key) is None]:
+            return f"the {name} has no gradient for {missing[0]} in the checked step"
+        keys = [key for key in expected if expected[key] is not None]
+        one, other = (torch.cat([gradients[key].double().flatten() for key in keys]) for gradients in (found, expected))
+        cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+        if not cosine >= tolerance.cosine:
             return f"the {name}'s gradient in the checked step has cosine {cosine:.4g} with the reference's"
+        ratio = float(one.norm() / other.norm())
+        if not abs(ratio - 1) <= tolerance.length:
+            return f"the {name}'s gradient in the checked step is {ratio:.4g} times as long as the reference's"
     return None

@@ -33,6 +33,8 @@ _ENVIRONMENT: dict[str, tuple[type, ...]] = {
     "git_dirty": (bool, NoneType),
     "date": (str,),
 }
+#: In the environments of files that know of it.
+_OPTIONAL: dict[str, tuple[type, ...]] = {"cpu_flags": (list,)}
 _MEASURED: dict[str, tuple[type, ...]] = {
     "case": (str,),
     "provider": (str,),
@@ -69,11 +71,14 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "step": {
         **_MEASURED,
         "model": (str,),
+        "recipe": (str,),
         "image_size": (int,),
         "batch_size": (int,),
         "weight_bits": (int,),
         "act_bits": (int,),
+        "precision": (str,),
         "images_per_s": (float, NoneType),
+        "parts": (dict, NoneType),  # share of the step's time by part: benchmarks/breakdown.py
         **_ENVIRONMENT,
     },
     # Of benchmarks/accuracy.py: a training. Accuracies are in percent, None where training diverged.
@@ -210,6 +215,7 @@ def validate(content: Any, name: str) -> None:
 
 
 def _check_fields(found: dict[str, Any], expected: dict[str, tuple[type, ...]], name: str) -> None:
+    expected = expected | {key: types for key, types in _OPTIONAL.items() if key in found and "device" in expected}
     if set(found) != set(expected):
         missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
         raise InvalidInputError(f"{name}: missing fields {missing}, unknown fields {unknown}: measure again")

@@ -19,6 +19,8 @@ from benchmarks.providers import Provider
 #: A sample takes at least this long, in seconds: shorter calls are repeated within it.
 MIN_SAMPLE = 200e-6
 MIN_ROUNDS = 5
+#: Calls that take longer, in seconds, are timed without another one before each.
+LONG = 1.0
 MAX_REPEATS = 10_000
 
 
@@ -38,27 +40,32 @@ class Samples:
         return low, statistics.median(self.values), high
 
 
-def measure(providers: Sequence[Provider], device: torch.device, rounds: int, seconds: float) -> dict[str, Samples]:
-    """Time every provider once a round, `rounds` times or as often as `seconds` allow, but :data:`MIN_ROUNDS` times.
+def measure(
+    providers: Sequence[Provider], device: torch.device, rounds: int, seconds: float, minimum: int = MIN_ROUNDS
+) -> dict[str, Samples]:
+    """Time every provider once a round, `rounds` times or as often as `seconds` allow, but `minimum` times.
 
     An untimed call of the same provider goes before each sample, as in a loop: a virtual machine may hand freed memory
-    back to its host within seconds, and getting it again costs more than anything measured here.
+    back to its host within seconds, and getting it again costs more than any operator measured here. Where every call
+    takes longer than :data:`LONG`, that is nothing, and no call goes before.
     """
     clock = clock_of(device)
     samples = {}
-    round_seconds = 0.0
+    round_seconds, shortest = 0.0, math.inf
     with _quiet():
         for provider in providers:
             with provider.active():
                 repeats, once = repeats_for(provider.call, clock)
             samples[provider.name] = Samples(repeats, provider.calls)
             round_seconds += once * (repeats + 1)
-        rounds = max(MIN_ROUNDS, min(rounds, int(seconds / round_seconds)))
+            shortest = min(shortest, once)
+        rounds = max(minimum, min(rounds, int(seconds / round_seconds))) if providers else 0
         for order in orders(providers, rounds):
             for provider in order:
                 kept = samples[provider.name]
                 with provider.active():
-                    provider.call()
+                    if shortest < LONG:
+                        provider.call()
                     kept.values.append(clock(provider.call, kept.repeats) / kept.calls)
     return samples
 
@@ -79,9 +86,10 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def repeats_for(call: Callable[[], Any], clock: Clock) -> tuple[int, float]:
-    """(calls in a sample, seconds of one of them), after an untimed one."""
-    call()
+    """(calls in a sample, seconds of one of them), after another one unless that took long."""
     once = clock(call, 1)
+    if once < LONG:
+        once = clock(call, 1)
     if once < MIN_SAMPLE:  # the first guess is cold
         once = clock(call, 8)
     once = max(once, 1e-9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import itertools
 import json
@@ -46,7 +45,6 @@ from benchmarks import (
     ratios,
     readme,
     sass,
-    step,
     store,
     timing,
 )
@@ -979,49 +977,6 @@ def test_a_limit_leaves_cases_out_and_says_so(tmp_path: Path) -> None:
     content = store.read(path)
     assert result.exit_code == 0 and "2 of 2 cases were not run" in result.output
     assert len(content["left_out"]) == 2 and content["rows"] == []
-
-
-def test_step(environment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = step.Setting(image_size=8, batch_size=4)
-    content = store.document("step", environment, {})
-    content["rows"] = step.run_step(setting, CPU, environment, 5, 0)
-    store.write(tmp_path / "step.json", content)
-    ours, reference = content["rows"]
-    assert (ours["provider"], reference["provider"]) == ("adadfq", REFERENCE)
-    assert ours["status"] == reference["status"] == "ok", (ours["error"], reference["error"])
-    assert ours["images_per_s"] == pytest.approx(4e3 / ours["p50_ms"]) and ours["peak_memory_bytes"] > 1e5
-    assert ours["case"] == "step/resnet20@8/b4/w4a4"
-    assert [path.name for path in plot.plot(content, "step", tmp_path)] == ["step-step.png"]
-    text = readme.readme_block([(Path("step.json"), content)])
-    assert "against eager reference" in text and " ms " not in text and "images/s" not in text
-
-    def other_bits(setting: step.Setting, device: torch.device) -> providers.Provider:
-        player = step._Player(dataclasses.replace(setting, act_bits=2), device)
-        player.calibrate()
-        return providers.Provider("two bits", player, player.checked_step)
-
-    monkeypatch.setattr(step, "PLAYERS", {"two bits": other_bits, **step.PLAYERS})
-    wrong = step.run_step(setting, CPU, environment, 5, 0)[0]
-    assert wrong["status"] == "wrong" and wrong["p50_ms"] is None and "checked step" in wrong["error"]
-
-
-def test_a_kernel_that_is_wrong_when_ranges_are_frozen_gets_no_time(
-    environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = adadfq.ops.cpu.fake_quantize  # calibrating steps call observe_fake_quantize
-
-    def broken(*args: Any) -> Tensor:
-        return right(*args) * 1.2
-
-    monkeypatch.setitem(adadfq.ops.cpu.KERNELS, "fake_quantize", broken)
-    ours, reference = step.run_step(step.Setting(image_size=8, batch_size=4), CPU, environment, 5, 0)
-    assert ours["status"] == "wrong" and ours["p50_ms"] is None and reference["status"] == "ok"
-
-
-def test_a_forced_backend_does_not_serve_our_step(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADADFQ_BACKEND", "reference")
-    ours, reference = step.run_step(step.Setting(image_size=8, batch_size=4), CPU, environment, 5, 0)
-    assert (ours["backend"], reference["backend"]) == ("cpu", "reference")
 
 
 def test_pytest_runs_benchmarks_only_when_asked() -> None:
