@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from adadfq import Trainer
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
@@ -114,13 +116,21 @@ def _device_mode() -> Any:
 
     aten = torch.ops.aten
     #: They only write to their arguments, and nobody has told torch that they need no device for that.
-    written = {aten._fused_adam_.tensor_lr, aten._fused_sgd_.tensor_lr}
+    written = {
+        getattr(packet, overload)
+        for packet in (aten._fused_adam_, aten._fused_sgd_)
+        for overload in ("default", "tensor_lr")
+    }
 
     class DeviceMode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in written:
                 return None
             result = func(*args, **(kwargs or {}))
+            if func is aten.convolution.default:
+                return _like_cudnn(result, *args[:2])
+            if func is aten.convolution_backward.default:
+                return tuple(_like_cudnn(gradient, *args[1:3]) for gradient in result)
             if func in (aten._to_copy.default, aten.copy_.default):
                 tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
                 if len({tensor.device.type for tensor in tensors}) > 1:
@@ -128,6 +138,37 @@ def _device_mode() -> Any:
             return result
 
     return DeviceMode()
+
+
+def _like_cudnn(result: Any, x: Any, weight: Any) -> Any:
+    """A result of a convolution of `x` in the layout that cuDNN gives it, which fake tensors do not ask."""
+    import torch
+
+    last = [t for t in (x, weight) if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)]
+    if not last or result is None or result.dim() != 4:
+        return result
+    return torch.empty_like(result, memory_format=torch.channels_last)
+
+
+def replace_tensors(*networks: nn.Module) -> dict[Any, Any]:
+    """Put fake CUDA tensors of the same layout in the place of all parameters and buffers; in :func:`mode`.
+
+    Returns:
+        Old tensor -> new one.
+    """
+    made: dict[Any, Any] = {}
+    new: set[Any] = set()
+    for network in networks:
+        for module in network.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None or tensor in new:  # modules are shared between networks
+                        continue
+                    if tensor not in made:
+                        made[tensor] = _fake_like(tensor)
+                        new.add(made[tensor])
+                    tensors[name] = made[tensor]
+    return made
 
 
 def to_fake(trainer: Trainer) -> None:
@@ -138,14 +179,7 @@ def to_fake(trainer: Trainer) -> None:
     import torch
 
     game = trainer.game
-    made: dict[Any, Any] = {}
-    for network in (trainer.teacher, trainer.student, trainer.generator, game.teacher, game.student):
-        for module in network.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = made.setdefault(tensor, _fake_like(tensor))
-                        made[tensors[name]] = tensors[name]  # modules are shared between networks
+    made = replace_tensors(trainer.teacher, trainer.student, trainer.generator, game.teacher, game.student)
     trainer.device, trainer.capture = torch.device("cuda"), False
     trainer.random = torch.Generator("cuda")
     optimizers = (trainer.optimizer_generator, trainer.optimizer_student)
