@@ -180,9 +180,9 @@ def launches_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
         return []
     name = func.overloadpacket.__name__
     if func.overloadpacket is aten.convolution:
-        return _convolution(func, args, kwargs, result)
+        return _convolution(args, result)
     if func.overloadpacket is aten.convolution_backward:
-        return _convolution_backward(func, args, kwargs, result)
+        return _convolution_backward(args, result)
     nbytes = _moved(func, args, kwargs, result)
     if name.startswith(("_foreach", "_fused_ad", "_fused_sgd")):
         kernels = _list_kernels(name, [*args, result])
@@ -212,18 +212,17 @@ def _own(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) 
     return [Launch(nbytes // own.launches) for _ in range(own.launches)]
 
 
-def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> list[Launch]:
+def _convolution(args: tuple[Any, ...], result: Tensor) -> list[Launch]:
     x, weight, bias = args[:3]
-    flops = _flops(func, args, kwargs, result)
+    flops = _products(x, weight, result, transposed=args[6])
     launches = [Launch(_nbytes(x) + _nbytes(weight) + _nbytes(result), flops, _unit(weight))]
     return launches + ([] if bias is None else [Launch(2 * _nbytes(result) + _nbytes(bias))])
 
 
-def _convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[Launch]:
+def _convolution_backward(args: tuple[Any, ...], result: Any) -> list[Launch]:
     grad, x, weight = args[:3]
     grad_x, grad_weight, grad_bias = result
-    wanted = (grad_x is not None) + (grad_weight is not None)
-    flops = _flops(func, args, kwargs, result) // max(wanted, 1)
+    flops = _products(x, weight, grad, transposed=args[7])
     launches = []
     if grad_x is not None:
         launches.append(Launch(_nbytes(grad) + _nbytes(weight) + _nbytes(grad_x), flops, _unit(weight)))
@@ -232,6 +231,11 @@ def _convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if grad_bias is not None:
         launches.append(Launch(_nbytes(grad) + _nbytes(grad_bias)))
     return launches
+
+
+def _products(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
+    """FLOPs of a convolution, of its input's gradient and of its weight's: flop_counter takes groups for none there."""
+    return 2 * (x if transposed else out).numel() * weight.shape[1:].numel()
 
 
 def _unit(weight: Tensor) -> str:

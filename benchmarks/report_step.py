@@ -63,11 +63,11 @@ def statements(rows: Iterable[Row]) -> list[str]:
                 authors["predicted_low_us"] / row["predicted_high_us"],
                 authors["predicted_high_us"] / row["predicted_low_us"],
             )
-            + f" times the authors' way in {precision}"
+            + f" times in {precision}"
             for (way, precision), row in ways.items()
             if way == OURS
         ]
-        sentence = f"{case}: predicted {', '.join(ratios)}"
+        sentence = f"{case}: predicted as fast as the authors' way {', '.join(ratios)}"
         if authors["model"] == "resnet20" and authors["batch_size"] == 16:
             minutes = [
                 _span(*(row[f"predicted_{end}_us"] * SCHEDULE / 60e6 for end in ("low", "high"))) + f" in {precision}"

@@ -99,8 +99,11 @@ def test_convolutions(dtype: torch.dtype, unit: str, transposed: bool) -> None:
 
 
 def test_depthwise_convolutions_and_float32_matrices_use_no_matrix_units() -> None:
-    weight = torch.zeros(8, 1, 3, 3)
-    assert {launch.unit for launch in _launches(lambda: F.conv2d(X, weight, groups=8))} == {LANES}
+    weight = torch.zeros(8, 1, 3, 3, requires_grad=True)
+    with Counter("rest") as counter:
+        F.conv2d(X.clone().requires_grad_(), weight, groups=8).sum().backward()
+    products = [launch for call in counter.calls for launch in call.launches if launch.flops]
+    assert [(launch.flops, launch.unit) for launch in products] == [(2 * 4 * 8 * 16 * 9, LANES)] * 3
     matrix = torch.zeros(4, 5)
     (launch,) = _launches(lambda: matrix @ matrix.t())
     assert launch == Launch(2 * matrix.nbytes + 64, 2 * 4 * 5 * 4, LANES)

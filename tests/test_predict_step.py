@@ -89,7 +89,7 @@ def test_statements() -> None:
     """1000 kernels of 1.5 to 2 us and 10 us for the graph, against 3000 operators of 5 to 8 us."""
     rows = [_row(OURS, "float32", 1000), _row(AUTHORS, "float32", 3000)]
     assert report_step.statements(rows) == [
-        "step/resnet20@32/b16/w4a4: predicted 7.46 - 15.9 times the authors' way in float32; "
+        "step/resnet20@32/b16/w4a4: predicted as fast as the authors' way 7.46 - 15.9 times in float32; "
         "the paper's 80,000 steps in minutes: 2.01 - 2.68 in float32."
     ]
     assert report_step.statements(rows[:1]) == []
