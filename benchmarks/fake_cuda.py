@@ -1,8 +1,8 @@
 """Fake tensors on a CUDA device that is not there: shapes, dtypes and devices of a step, no memory, no kernels.
 
 ``python -m benchmarks.fake_cuda MODULE ARGUMENT...`` runs `MODULE` as ``python -m`` does, in a process in which such
-tensors can be differentiated: where there is no GPU, a few lines of C++ (fake_cuda.cpp) must give autograd a device
-before torch is imported. :func:`run` starts such a process.
+tensors can be differentiated: a few lines of C++ (fake_cuda.cpp) give autograd a device before torch is imported, and a
+real one is hidden. :func:`run` starts such a process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def run(module: str, *arguments: str) -> str:
             ) from error
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.fake_cuda", module, *arguments],
-            env={**os.environ, "PYTHONPATH": path, _LIBRARY: str(library)},
+            # A real device cannot be used beside this one.
+            env={**os.environ, "PYTHONPATH": path, _LIBRARY: str(library), "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
         )
@@ -74,13 +75,10 @@ def _compile_command(library: Path) -> list[str]:
 
 
 def _install() -> None:
-    """Import torch with the device of fake_cuda.cpp, where it has none of its own."""
+    """Import torch with the device of fake_cuda.cpp."""
     library = ctypes.CDLL(os.environ[_LIBRARY])
-    import torch
+    import torch  # noqa: F401
 
-    if torch.cuda.is_available():
-        # Hooks were replaced, and the real device cannot be used beside them.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     library.fake_cuda_install()
 
 
