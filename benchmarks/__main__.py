@@ -412,6 +412,41 @@ def predict(json_path: Path | None, gpu_name: str, filters: tuple[str, ...], bac
         store.write(json_path, content)
 
 
+@main.command("predict-step")
+@_json
+@click.option("--gpu", "gpu_name", default="h200", show_default=True, help="Whose bandwidth and rates.")
+@click.option("--model", "models", default="", callback=_words, metavar="NAME,...", help="Only these networks.")
+@click.option("--batch-size", "batch_sizes", default="", callback=_words, metavar="N,...", help="Only these.")
+def predict_step(json_path: Path | None, gpu_name: str, models: tuple[str, ...], batch_sizes: tuple[str, ...]) -> None:
+    """Estimate, without a GPU, how long a step of the game takes on one, from the kernels it launches.
+
+    The step runs on fake tensors, for which a C++ compiler must be there. Beside it stands a model of the authors' way.
+    """
+    from benchmarks import store
+    from benchmarks.contest import settings
+    from benchmarks.environment import describe, pick_device
+    from benchmarks.predict_step import rows
+    from benchmarks.report_step import predictions_text
+
+    chosen = settings("full", models, [_positive("batch-size", size) for size in batch_sizes])
+    options = {"gpu": gpu_name, "models": list(models), "batch_sizes": list(batch_sizes)}
+    content = store.document("step predictions", describe(pick_device("cpu", 1)), options)
+    if json_path is not None:
+        store.write(json_path, content)  # a path that cannot be written is found now
+    content["rows"] = rows(gpu_name, chosen)
+    click.echo(predictions_text(content["rows"]))
+    if json_path is not None:
+        store.write(json_path, content)
+
+
+def _positive(name: str, text: str) -> int:
+    from adadfq.errors import InvalidInputError
+
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidInputError(f"{name} must be positive integers, separated by commas, got {text!r}")
+    return int(text)
+
+
 _file = click.Path(path_type=Path, dir_okay=False)
 
 

@@ -6,6 +6,8 @@
 # Stages: build (with CUDA, for this machine's GPU), tests (those marked gpu), sanitizer (the kernels' tests under
 # compute-sanitizer; left out where that is missing), bench (operators and a training step; JSON in RESULTS_DIRECTORY,
 # default benchmarks/results of this repository).
+# One more is run when asked for, by --only step, in a command of less than ten minutes of its own: the training step of
+# every network and batch size. AUTHORS names a checkout of the authors' code, which plays too then.
 # A finished stage leaves a stamp there and is skipped by later runs at the same commit, where nothing is changed;
 # --fresh forgets the stamps, --from and --only run their stages whatever the stamps say. A stage that takes longer
 # than its limit fails. Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
@@ -15,6 +17,7 @@ set -euo pipefail
 
 stages=(build tests sanitizer bench)
 declare -A limits=([build]=120 [tests]=110 [sanitizer]=140 [bench]=190) # seconds; together at most 560
+limits+=([step]=560)
 # Exit statuses of --inside that no command of a stage can bring about, see run().
 left_out=77 partial=78
 python=${PYTHON:-python3}
@@ -52,6 +55,7 @@ results=${results:-$root/benchmarks/results}
 # Relative paths are the caller's.
 case $results in /*) ;; *) results=$PWD/$results ;; esac
 case $python in /*) ;; */*) python=$PWD/$python ;; esac
+case ${AUTHORS:-/} in /*) ;; *) export AUTHORS=$PWD/$AUTHORS ;; esac
 export PYTHON=$python
 cd "$root"
 
@@ -116,6 +120,13 @@ run_bench() {
     return "$partial"
 }
 
+run_step() {
+  local others=()
+  [ -z "${AUTHORS:-}" ] || others=(--authors "$AUTHORS")
+  run --dry-run "$python" -m benchmarks step --device cuda --suite full --rounds 21 --seconds 10 \
+    --providers "plain,adadfq*${AUTHORS:+,authors}" "${others[@]}" --json "$results/step-full-cuda.json"
+}
+
 if [ -n "$inside" ]; then
   "run_$inside"
   exit
@@ -128,6 +139,8 @@ command -v "$python" >/dev/null || fail "$python is not on PATH; PYTHON names th
 if [ -z "$dry_run" ] && ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
   fail "torch sees no CUDA device; nothing was run (--dry-run needs none)"
 fi
+
+[ "$only$from" != step ] || stages=(step)
 
 # A stamp names a commit, and so says nothing where there is none or the files are others.
 commit=$(git rev-parse HEAD 2>/dev/null) || commit=

@@ -72,7 +72,9 @@ def _stored(results: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _is_native(content: dict[str, Any]) -> bool:
-    """Whether the rows, or some, are about the native modules; predictions for Triton are not."""
+    """Whether the rows, or some, are about the native modules; predictions for Triton and for steps are not."""
+    if content["kind"] == "step predictions":
+        return False
     return content["kind"] != "predictions" or any(row["backend"] == "cuda" for row in content["rows"])
 
 

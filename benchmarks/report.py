@@ -14,6 +14,7 @@ from benchmarks.players import AUTHORS
 from benchmarks.players import PLAIN as STEP_PLAIN
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
 from benchmarks.ratios import EAGER, RIVALS, Comparison, Judgement, Row
+from benchmarks.report_step import predictions_block
 from benchmarks.resources import arch_number
 from benchmarks.scaling import scaling_text
 from benchmarks.tables import markdown_table, number, text_table
@@ -145,6 +146,8 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     environment = content["environment"]
     if content["kind"] == "predictions":
         return _predictions_block(path, content)
+    if content["kind"] == "step predictions":
+        return predictions_block(path, content)
     if content["kind"] == "resources":
         return _resources_block(path, content)
     if content["kind"] == "accuracy":

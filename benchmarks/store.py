@@ -127,6 +127,25 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "fraction_of_copy": (float,),
         "bound_by": (str,),
     },
+    # Of benchmarks/predict_step.py: times are of (low, high) constants; a row's parts are dicts.
+    "step predictions": {
+        "case": (str,),
+        "way": (str,),
+        "model": (str,),
+        "image_size": (int,),
+        "batch_size": (int,),
+        "precision": (str,),
+        "gpu": (str,),
+        "parts": (list,),
+        "operators": (int,),
+        "launches": (int,),
+        "nbytes": (int,),
+        "flops": (int,),
+        "device_low_us": (float,),
+        "device_high_us": (float,),
+        "predicted_low_us": (float,),
+        "predicted_high_us": (float,),
+    },
     # Of benchmarks/resources.py: a kernel for one architecture.
     "resources": {
         "source": (str,),

@@ -1207,6 +1207,18 @@ def test_gpu_sh_dry_run() -> None:
         assert text in done.stdout
 
 
+@pytest.mark.parametrize("authors", ["", "checkout"])
+def test_gpu_sh_has_a_stage_for_steps_of_all_sizes(tmp_path: Path, authors: str) -> None:
+    """Which is not among the others, for its time."""
+    (tmp_path / "checkout").mkdir()
+    done = gpu_sh("--dry-run", "--only", "step", PYTHON=sys.executable, AUTHORS=authors, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (stage,) = (line for line in done.stdout.splitlines() if line.startswith("stage "))
+    assert int(stage.split()[-2]) < 600
+    assert "-m benchmarks step --device cuda --suite full" in done.stdout
+    assert (f"--authors {tmp_path / authors}" in done.stdout) == bool(authors)
+
+
 @pytest.fixture
 def machinery(tmp_path: Path) -> Path:
     """Stand-ins for Python and compute-sanitizer that log their arguments; git that knows a commit.
