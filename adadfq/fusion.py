@@ -35,7 +35,7 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     addition, ReLU or ReLU6 and activation quantiser is one operation, and the weights of all layers are quantised by
     one call a forward. A float network, as a teacher: every BatchNorm gives the loss of its batch statistics in the
     pass that normalises (:class:`adadfq.game.BatchNormMatch` collects them; else they are not computed). Frozen
-    convolutions keep no input for the backward, and the activations behind a BatchNorm a byte an element.
+    convolutions keep no input for the backward, and float32 activations behind a BatchNorm a byte an element.
 
     The result shares every module, parameter and buffer with `model`: training one trains the other, and state_dict
     keys are the same. In train mode the modules run one by one. Modules with hooks of their own stay as they are, so
