@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -58,6 +59,10 @@ _ALIASING_CALLS = frozenset(
     contiguous detach to float type_as getitem split chunk tensor_split unbind narrow select dropout dropout2d
     alpha_dropout Dropout Dropout2d Dropout3d AlphaDropout Identity Flatten Unflatten
     """.split()
+)
+#: Operators that write into their first argument, besides those whose name ends in an underscore.
+_INPLACE_CALLS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem __iadd__ __isub__ __imul__ __setitem__".split()
 )
 #: torch.nn modules that the report passes over, besides containers.
 _NEUTRAL_MODULES = (
@@ -272,11 +277,29 @@ def _float_row(path: str, module: nn.Module) -> ReportRow | None:
     return ReportRow(path, type(module).__name__, None, reason)
 
 
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` and its like as what they are; torch.fx takes them for ``x = x + y``."""
+
+
+def _recorded(function: Any) -> Any:
+    def method(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracing that records, for every call, the module it is made in; quantising modules stay whole."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _QUANTIZED) or super().is_leaf_module(module, name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -306,7 +329,8 @@ def _function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether `node` calls ReLU or ReLU6, as a module, function or method."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], _RELU_MODULES)
     if node.op == "call_function":
@@ -314,13 +338,18 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_method" and node.target in _RELU_METHODS
 
 
-def _is_inplace(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_inplace(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether `node` writes into a tensor it is given."""
     if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    if _function_name(node).endswith("_"):
+        return bool(getattr(modules.get(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _function_name(node)
+    if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_CALLS or "out" in node.kwargs:
         return True
     position = 1  # relu(input, inplace)
-    return bool(node.kwargs.get("inplace", len(node.args) > position and node.args[position]))
+    written = node.kwargs.get("inplace", is_relu(node, modules) and len(node.args) > position and node.args[position])
+    return bool(written)
 
 
 def _is_alias(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -391,7 +420,7 @@ class _Rewriter:
 
     def _function(self, node: fx.Node) -> None:
         name = _function_name(node)
-        if _is_relu(node, self.modules):
+        if is_relu(node, self.modules):
             self._quantise_output(node, name)
         elif node.op == "call_function" and node.target in _WEIGHT_FUNCTIONS:
             self._quantise_weight(node, name)
@@ -401,7 +430,7 @@ class _Rewriter:
     def _quantise_output(self, node: fx.Node, kind: str) -> None:
         # In place, later readers of the input see the activation's output: they must see the quantised one.
         stale = [node]
-        if _is_inplace(node, self.modules):
+        if is_inplace(node, self.modules):
             stale.append(node.args[0] if node.args else node.kwargs["input"])
             if _read_through_alias(node, stale[1], self.modules):
                 reason = "works in place on a tensor that is read under another name later; that reader sees float"

@@ -13,6 +13,7 @@ from adadfq import functional
 from adadfq.functional.autograd import first_order_only
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear
 from adadfq.ops.run import needs_gradient
+from adadfq.ops.schema import compute_dtype
 
 __all__ = [
     "BatchNormWatch",
@@ -38,12 +39,13 @@ class BatchNormWatch(nn.Module):
     """Where a fused teacher leaves the statistics losses of its BatchNorm layers; no parameters, no state.
 
     While `losses` is a list, every forward appends one :func:`adadfq.functional.bn_match` loss a layer to it. While it
-    is None, nothing is computed of them.
+    is None, nothing is computed of them. `norms` are the layers.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[Tensor] | None = None
+        self.norms: list[nn.Module] = []
 
 
 class _Fold(torch.autograd.Function):
@@ -52,8 +54,8 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sizes: list[int], mean: Tensor, inv_std: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         layers = len(sizes)
-        scale = torch.cat(parameters[:layers]) * inv_std
-        shift = torch.addcmul(torch.cat(parameters[layers:]), mean, scale, value=-1)
+        scale = torch.cat(parameters[:layers]).to(mean.dtype) * inv_std
+        shift = torch.addcmul(torch.cat(parameters[layers:]).to(mean.dtype), mean, scale, value=-1)
         ctx.sizes = sizes
         ctx.save_for_backward(mean, inv_std)
         return *scale.split(sizes), *shift.split(sizes)
@@ -68,30 +70,45 @@ class _Fold(torch.autograd.Function):
         return None, None, None, *grad_scale.split(ctx.sizes), *grad_shift.split(ctx.sizes)
 
 
-def fold_batch_norms(norms: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def fold_batch_norms(norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The affine map of every BatchNorm in inference: (scales, shifts), each [C], with gradients to weight and bias.
 
+    All of a device and dtype at once, in float32 at least.
+
     Args:
-        norms: BatchNorm modules with running statistics, weight and bias, on one device, of one dtype.
+        norms: BatchNorm modules with running statistics, weight and bias.
     """
-    sizes = [norm.num_features for norm in norms]
-    variances = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
-    mean, inv_std = torch.cat([norm.running_mean for norm in norms]), torch.cat(variances).rsqrt_()
-    folded = _Fold.apply(sizes, mean, inv_std, *(n.weight for n in norms), *(n.bias for n in norms))
-    return folded[: len(norms)], folded[len(norms) :]
+    scales, shifts = [torch.empty(0)] * len(norms), [torch.empty(0)] * len(norms)
+    for members in _groups([norm.weight for norm in norms]):
+        group = [norms[i] for i in members]
+        dtype = compute_dtype(group[0].weight.dtype)
+        variances = torch._foreach_add([norm.running_var for norm in group], [norm.eps for norm in group])
+        mean = torch.cat([norm.running_mean for norm in group]).to(dtype)
+        inv_std = torch.cat(variances).to(dtype).rsqrt_()
+        sizes = [norm.num_features for norm in group]
+        folded = _Fold.apply(sizes, mean, inv_std, *(n.weight for n in group), *(n.bias for n in group))
+        for i, scale, shift in zip(members, folded[: len(group)], folded[len(group) :], strict=True):
+            scales[i], shifts[i] = scale, shift
+    return scales, shifts
+
+
+def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the tensors that one call can take: of one device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return list(groups.values())
 
 
 def quantize_weights(layers: Sequence[QuantConv2d | QuantLinear]) -> list[Tensor]:
     """The fake-quantised weight of every layer, per output channel, by one call for all of a device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, layer in enumerate(layers):
-        groups.setdefault((layer.weight.device, layer.weight.dtype), []).append(i)
-    results: dict[int, Tensor] = {}
-    for members in groups.values():
+    results = [layer.weight for layer in layers]
+    for members in _groups(results):
         weights, widths = [layers[i].weight for i in members], [layers[i].weight_bits for i in members]
         x_hats, _, _ = functional.foreach_dynamic_fake_quantize(weights, widths, axis=0)
-        results.update(zip(members, x_hats, strict=True))
-    return [results[i] for i in range(len(layers))]
+        for i, x_hat in zip(members, x_hats, strict=True):
+            results[i] = x_hat
+    return results
 
 
 def quantized_layer(x: Tensor, layer: QuantConv2d | QuantLinear, weight: Tensor, float32: bool = False) -> Tensor:
@@ -146,11 +163,10 @@ class _ReluInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float | None) -> Tensor:
-        passed = x > 0
+        stopped = x <= 0  # not where x is NaN
         if limit is not None:
-            passed &= x < limit
-        # As a factor: filling by a mask takes ten times as long on a CPU.
-        ctx.save_for_backward(passed.view(torch.uint8))
+            stopped |= x >= limit
+        ctx.save_for_backward(stopped.logical_not_().view(torch.uint8))
         ctx.mark_dirty(x)
         x.clamp_(0, limit)
         return x
@@ -159,7 +175,8 @@ class _ReluInPlace(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (passed,) = ctx.saved_tensors
-        return grad * passed, None
+        # Filling by a mask takes ten times as long on a CPU.
+        return torch.ops.aten.threshold_backward(grad, passed.to(grad.dtype), 0), None
 
 
 def float32_linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -217,8 +234,11 @@ def watched_batch_norm(
     Arguments as :func:`batch_norm_act_quantize`.
     """
     parameters = (norm.weight, norm.bias)
-    if watch.losses is None or norm.training or needs_gradient(*parameters):
-        y = norm(x)  # whose hooks collect the loss of a layer that trains
+    if watch.losses is None:
+        y = norm(x)
+    elif norm.training or needs_gradient(*parameters):
+        watch.losses.append(functional.bn_match(x, norm.running_mean, norm.running_var))
+        y = norm(x)
     else:
         y, loss = functional.bn_match_forward(x, norm.running_mean, norm.running_var, *parameters, norm.eps)
         watch.losses.append(loss)

@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from adadfq import fused_layers
-from adadfq.convert import module_bits, trace
+from adadfq.convert import is_inplace, is_relu, module_bits, trace
 from adadfq.errors import InvalidInputError
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear
 
-__all__ = ["fuse", "unfuse"]
+__all__ = ["fuse", "is_fused", "unfuse"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
-_ACT_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-_ACT_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6"
-}  # fmt: skip
-_ACT_METHODS = {"relu": "relu", "relu_": "relu"}
+#: What may stand between the layer that gives the logits and the network's output.
+_SHAPING = {"flatten", "view", "reshape", "squeeze", "contiguous"}
+_SHAPING_MODULES = (nn.Flatten, nn.Identity, nn.Dropout)
 #: Where a fused teacher collects its losses, and where the module that was fused is kept.
 _WATCH, _ORIGINAL = "batch_norm_watch", "adadfq_unfused"
 
@@ -37,9 +34,10 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     pass that normalises (:class:`adadfq.game.BatchNormMatch` collects them; else they are not computed). Frozen
     convolutions keep no input for the backward, and float32 activations behind a BatchNorm a byte an element.
 
-    The result shares every module, parameter and buffer with `model`: training one trains the other, and state_dict
-    keys are the same. In train mode the modules run one by one. Modules with hooks of their own stay as they are, so
-    that the hooks are called; hooks put on fused modules later are not. Gradients are first order.
+    The result shares the layers, parameters and buffers of `model`: training one trains the other, and state_dict keys
+    are the same. Move, cast and save `model`, not the result. Control flow that depends on ``training`` is settled for
+    evaluation; BatchNorms in train mode run one by one. Layers with hooks stay as they are, so that the hooks are
+    called; hooks put on fused layers later are not. Gradients are first order.
 
     Args:
         model: traceable by torch.fx.
@@ -48,11 +46,12 @@ def fuse(model: nn.Module) -> fx.GraphModule:
         The fused network; :func:`unfuse` gives `model` back.
 
     Raises:
-        InvalidInputError: not a module, already fused, or not traceable.
+        InvalidInputError: not a module, already fused, not traceable, or with hooks on the network itself or on a block
+            of it, which would be lost.
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if _is_fused(model):
+    if is_fused(model):
         raise InvalidInputError("model is already fused")
     modes = {module: module.training for module in model.modules()}
     try:
@@ -63,8 +62,10 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     finally:
         for module, training in modes.items():
             module.training = training
+    _refuse_hooks(model, graph)
     fuser = _StudentFuser if module_bits(model) else _TeacherFuser
     fused = fuser(model, graph).run()
+    type(fused).__reduce__ = _refuse_to_be_saved  # every graph module has a class of its own
     fused.meta = {**getattr(model, "meta", {}), _ORIGINAL: model}
     fused.training = model.training
     return fused
@@ -76,14 +77,28 @@ def unfuse(model: nn.Module) -> nn.Module:
     Raises:
         InvalidInputError: `model` is not fused.
     """
-    if not _is_fused(model):
+    if not is_fused(model):
         raise InvalidInputError(f"model must come from adadfq.fuse(), got {type(model).__name__}")
     original = model.meta[_ORIGINAL]
     assert isinstance(original, nn.Module)
     return original
 
 
-def _is_fused(model: nn.Module) -> bool:
+def _refuse_hooks(model: nn.Module, graph: fx.Graph) -> None:
+    """Refuse hooks of modules that the graph does not call: they would be lost."""
+    called = tuple(f"{node.target}." for node in graph.nodes if node.op == "call_module")
+    entered = [""] if isinstance(model, fx.GraphModule) else [name for name, _ in model.named_modules()]
+    for name in entered:
+        if _has_hooks(model.get_submodule(name)) and not f"{name}.".startswith(called):
+            raise InvalidInputError(f"{name or type(model).__name__} has hooks, which the fused network would lose")
+
+
+def _refuse_to_be_saved(model: nn.Module) -> Any:
+    raise InvalidInputError("a fused network cannot be saved: save adadfq.unfuse(model), or its state_dict")
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `model` came from :func:`fuse`."""
     return isinstance(model, fx.GraphModule) and _ORIGINAL in model.meta
 
 
@@ -108,6 +123,9 @@ class _Fuser:
             if name not in reached and name.rpartition(".")[0] in reached:
                 fused.add_submodule(name, module)
                 reached |= {f"{name}.{inner}" for inner, _ in module.named_modules(remove_duplicate=False)}
+        for name, module in self.modules.items():
+            if (container := fused.get_submodule(name)) is not module:
+                _share_tensors(module, container)
         return fused
 
     def rewrite(self) -> None:
@@ -157,7 +175,18 @@ class _Fuser:
             self.graph.erase_node(node)
 
     def gives_logits(self, node: fx.Node) -> bool:
-        return all(user.op == "output" for user in node.users)
+        """Whether the network returns what `node` gives, perhaps in another shape."""
+        if len(node.users) != 1:
+            return False
+        user = _only_user(node)
+        if user.op == "output":
+            return True
+        if user.op == "call_module":
+            shaping = isinstance(self.modules.get(str(user.target)), _SHAPING_MODULES)
+        else:
+            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+            shaping = name in _SHAPING
+        return shaping and self.gives_logits(user)
 
     def tail(self, norm: fx.Node, norms: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None, str, fx.Node | None]:
         """(the nodes, residual, activation, quantiser) from `norm` on, as far as nothing else reads what is between."""
@@ -165,33 +194,46 @@ class _Fuser:
         user = _only_user(norm)
         if user is not None and (terms := _sum_of(user)) is not None:
             other = terms[1] if terms[0] is norm else terms[0]
-            if _is_inplace_sum(user) and terms[0] is other and _only_user(other) is not user:
-                return tail, None, "none", None  # others read the residual, which is the sum from here on
             # A sum of two norms goes with the later one, which has the other's result at hand.
             taken = other in norms and norm < other and _only_user(other) is user
+            # Written into the other term, the sum is what that term's readers, aliases among them, are to see.
+            written = terms[0] is not norm and is_inplace(user, self.modules)
             # Only with an activation behind it is an addition more than a pass of its own.
-            if other is norm or taken or (act := _only_user(user)) is None or self.act(act) is None:
+            act = _only_user(user)
+            if other is norm or taken or written or act is None or self.act(act) is None:
+                return tail, None, "none", None
+            if self.writes_between(norm, act, [user]):
                 return tail, None, "none", None
             tail, residual = [norm, user], other
         act = _only_user(tail[-1])
-        if act is None or (name := self.act(act)) is None:
+        if act is None or (name := self.act(act)) is None or self.writes_between(norm, act, tail):
             return tail, residual, "none", None
         tail.append(act)
         quantizer = _only_user(act)
-        if quantizer is None or self.called(quantizer, QuantAct) is None:
+        if quantizer is None or self.called(quantizer, QuantAct) is None or self.writes_between(act, quantizer, []):
             return tail, residual, name, None
         return [*tail, quantizer], residual, name, self.attribute(str(quantizer.target))
 
     def act(self, node: fx.Node) -> str | None:
         """Name of the activation that `node` applies to one argument."""
-        if node.op == "call_module":
-            module = self.called(node, *_ACT_MODULES)
-            return None if module is None else _ACT_MODULES[type(module)]
-        if len(node.all_input_nodes) != 1:
+        if len(node.all_input_nodes) != 1 or not is_relu(node, self.modules):
             return None
-        if node.op == "call_function":
-            return _ACT_FUNCTIONS.get(node.target)
-        return _ACT_METHODS.get(str(node.target)) if node.op == "call_method" else None
+        if node.op != "call_module":
+            return "relu6" if node.target is torch.nn.functional.relu6 else "relu"
+        module = self.called(node, nn.ReLU, nn.ReLU6)
+        return None if module is None else "relu6" if type(module) is nn.ReLU6 else "relu"
+
+    def writes_between(self, start: fx.Node, end: fx.Node, tail: list[fx.Node]) -> bool:
+        """Whether something outside `tail` is written in place after `start` and before `end`.
+
+        A fused tail reads everything where it ends: what is overwritten before then it would see too late.
+        """
+        node = start.next
+        while node is not end and node.op != "output":
+            if node not in tail and is_inplace(node, self.modules):
+                return True
+            node = node.next
+        return False
 
 
 class _StudentFuser(_Fuser):
@@ -201,7 +243,7 @@ class _StudentFuser(_Fuser):
         self._layers(nodes)
 
     def _tails(self, nodes: list[fx.Node]) -> None:
-        norms = [n for n in nodes if self.norm(n) and self.modules[str(n.target)].weight is not None]
+        norms = [node for node in nodes if self.norm(node) and _is_affine(self.modules[str(node.target)])]
         if not norms:
             return
         paths = list(dict.fromkeys(str(node.target) for node in norms))
@@ -233,6 +275,7 @@ class _TeacherFuser(_Fuser):
         self.modules[_WATCH] = fused_layers.BatchNormWatch()
         nodes = list(self.graph.nodes)
         norms = [node for node in nodes if self.norm(node)]
+        self.modules[_WATCH].norms = [self.modules[str(node.target)] for node in norms]
         for node in norms:
             tail, residual, act, _ = self.tail(node, set(norms))
             args = (node.args[0], self.attribute(str(node.target)), self.attribute(_WATCH), residual, act)
@@ -244,6 +287,20 @@ class _TeacherFuser(_Fuser):
                 self.replace([node], fused_layers.float32_linear, node.args[0], self.attribute(str(node.target)))
 
 
+def _share_tensors(source: nn.Module, container: nn.Module) -> None:
+    """Give `container`, made anew for the fused network, the tensors that `source` holds itself."""
+    for name in set(container._buffers) - set(source._buffers):  # plain attributes that the graph reads
+        value = container._buffers.pop(name)
+        setattr(container, name, value)
+    container._parameters.update(source._parameters)
+    container._buffers.update(source._buffers)
+    container._non_persistent_buffers_set |= source._non_persistent_buffers_set
+
+
+def _is_affine(norm: Any) -> bool:
+    return norm.weight is not None and norm.bias is not None
+
+
 def _has_hooks(module: nn.Module | None) -> bool:
     return module is not None and bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -252,10 +309,6 @@ def _has_hooks(module: nn.Module | None) -> bool:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is_inplace_sum(node: fx.Node) -> bool:
-    return node.target in (operator.iadd, "add_", "__iadd__")
 
 
 def _sum_of(node: fx.Node) -> tuple[Any, Any] | None:

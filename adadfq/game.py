@@ -67,8 +67,9 @@ class BatchNormMatch:
     def watching(self) -> Iterator[None]:
         """Collect the losses of the forwards run inside the block."""
         self._losses = []
-        # Of a fused network they fire for the layers that stayed as they were.
-        handles = [layer.register_forward_pre_hook(self._hook, with_kwargs=True) for layer in self.layers]
+        watched = {norm for watch in self.watches for norm in watch.norms}
+        hooked = [layer for layer in self.layers if layer not in watched]
+        handles = [layer.register_forward_pre_hook(self._hook, with_kwargs=True) for layer in hooked]
         for watch in self.watches:
             watch.losses = self._losses
         try:
@@ -200,7 +201,12 @@ def _requires_grad(parameters: list[nn.Parameter], enabled: bool) -> Iterator[No
 def _set_gradients(parameters: list[nn.Parameter], loss: Tensor, keep_graph: bool) -> None:
     gradients = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None and gradient.stride() != parameter.stride():
+        if gradient is not None and not _same_layout(gradient, parameter):
             # Fused optimizers walk both by address.
             gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    return all(n == 1 or i == j for n, i, j in zip(a.shape, a.stride(), b.stride(), strict=True))

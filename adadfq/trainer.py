@@ -24,10 +24,11 @@ from adadfq.checkpoint import fitted, load_weights, read_state_dict, write_state
 from adadfq.convert import module_bits, quantized_info
 from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
 from adadfq.fusion import fuse as fuse_network
+from adadfq.fusion import is_fused
 from adadfq.game import METRICS, Game
 from adadfq.generator import build_generator
 from adadfq.metrics import MetricBuffer, MetricLog, Progress
-from adadfq.nn import activations, frozen_ranges, set_calibrating
+from adadfq.nn import QuantConv2d, activations, frozen_ranges, set_calibrating
 from adadfq.players import check_generator, check_network, check_players
 from adadfq.recipe import Recipe
 from adadfq.result import CHECKPOINT, RESULT, Result, save_result
@@ -122,15 +123,11 @@ class Trainer:
                 for module, training in modes.items():
                     module.training = training
             raise
-        for model in (self.teacher, self.student, self.generator):
-            _set_memory_format(model, torch.channels_last)
         self.random = torch.Generator(self.device).manual_seed(seed)
         self._make_optimizers()
         teacher_playing, student_playing = self.teacher, self.student
-        if self.recipe.precision == "bfloat16":
-            teacher_playing = _rounded(self.teacher)
         if fuse:
-            teacher_playing, student_playing = _fused("teacher", teacher_playing), _fused("student", student_playing)
+            teacher_playing, student_playing = _fused("teacher", self.teacher), _fused("student", self.student)
         self.game = Game(
             teacher_playing,
             student_playing,
@@ -141,6 +138,7 @@ class Trainer:
         )
         # The step of the present phase, and what tells phases apart.
         self._captured: tuple[Any, CapturedStep] | None = None
+        self._layouts: list[tuple[nn.Parameter, tuple[int, ...]]] = []
         self.epoch, self.step = 0, 0
         self._directory: Path | None = None
         self._used = False
@@ -169,9 +167,11 @@ class Trainer:
     def play(self, train_student: bool = True) -> Tensor:
         """Play one step on noise and labels drawn from the trainer's random state; see :meth:`adadfq.game.Game.step`.
 
-        Counts no step and changes no phase: :meth:`fit` does, and calls this. The result is overwritten by the next
-        call.
+        Counts no step and changes no phase: :meth:`fit` does, and calls this. From the first call to the end of
+        :meth:`fit`, weights of convolutions are channels_last. The result is overwritten by the next call.
         """
+        if not self._layouts:
+            self._lay_out()
         if not self.capture:
             return self._draw_and_step(train_student)
         phase = (train_student, *(act._calibrating for act in activations(self.student).values()))
@@ -181,6 +181,34 @@ class Trainer:
             step = partial(self._draw_and_step, train_student)
             self._captured = (phase, CapturedStep(step, self.device, self.random))
         return self._captured[1]()
+
+    def _lay_out(self) -> None:
+        """Make the weights of plain convolutions channels_last."""
+        for model in (self.teacher, self.student, self.generator):
+            for module in model.modules():
+                if type(module) in (nn.Conv2d, QuantConv2d):
+                    self._layouts.append((module.weight, module.weight.stride()))
+                    module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        self._lay_out_optimizers()
+
+    def _restore_layouts(self) -> None:
+        """Give the weights the strides they came with."""
+        self._captured = None
+        for weight, strides in self._layouts:
+            weight.data = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(
+                weight.data
+            )
+            weight.grad = None
+        self._layouts = []
+        self._lay_out_optimizers()
+
+    def _lay_out_optimizers(self) -> None:
+        """Fused optimizers walk a weight and its state by address: they must be laid out alike."""
+        for optimizer in (self.optimizer_generator, self.optimizer_student):
+            for weight, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                        state[name] = torch.empty_like(weight).copy_(value)
 
     def _draw_and_step(self, train_student: bool) -> Tensor:
         recipe = self.recipe
@@ -219,6 +247,7 @@ class Trainer:
             files.new_directory(directory)
             write_state_dict(directory / "teacher.safetensors", self.teacher.state_dict())
         self._directory, self._used = directory, True
+        self._captured = None
 
         recipe = self.recipe
         buffer = MetricBuffer(METRICS, recipe.steps_per_epoch, self.device)
@@ -240,9 +269,7 @@ class Trainer:
         finally:
             log.close()
             progress.close()
-            self._captured = None
-            for model in (self.student, self.generator):
-                _set_memory_format(model, torch.contiguous_format)
+            self._restore_layouts()
 
         complete = self.epoch >= recipe.epochs
         if self.step == 0:
@@ -291,6 +318,7 @@ class Trainer:
                 self.on_epoch_end(self.epoch - 1, self)
             self.student.eval()
             self.generator.train()
+            self._captured = None  # it may have put other tensors in place
         if self._directory is not None and self.epoch < recipe.epochs:
             self._save_checkpoint(self._directory / CHECKPOINT)
 
@@ -389,28 +417,12 @@ class Trainer:
         self.epoch, self.step, self._rows = state["epoch"], state["step"], state["rows"]
 
 
-def _rounded(teacher: nn.Module) -> nn.Module:
-    """A copy whose convolutions have bfloat16 weights, as autocast would round them anew at every step."""
-    teacher = copy.deepcopy(teacher)
-    for module in teacher.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(torch.bfloat16)
-    return teacher
-
-
 def _fused(name: str, model: nn.Module) -> nn.Module:
     try:
-        return fuse_network(model)
+        return model if is_fused(model) else fuse_network(model)
     except InvalidInputError as error:
         warnings.warn(f"the {name} plays unfused, which takes longer: {error}", stacklevel=3)
         return model
-
-
-def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Lay out the weights of two-dimensional convolutions."""
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:

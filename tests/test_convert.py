@@ -320,3 +320,31 @@ def test_torchvision_networks_are_converted_whole(
     kinds = [type(m) for m in student.modules()]
     assert kinds.count(QuantConv2d) + kinds.count(QuantLinear) == layers and kinds.count(QuantAct) == acts
     assert student(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("operation", ["add", "sub", "mul", "truediv"])
+def test_operations_in_place_stay_in_place(operation: str) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            alias = y.view(-1)
+            if operation == "add":
+                alias += 1
+            elif operation == "sub":
+                alias -= 1
+            elif operation == "mul":
+                alias *= 2
+            else:
+                alias /= 2
+            return F.relu(y)
+
+    torch.manual_seed(0)
+    net = InPlace().eval()
+    x = torch.randn(2, 3, 4, 4)
+    student = adadfq.quantize(net, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), net(x), rtol=0.05, atol=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -178,23 +179,126 @@ def test_modules_with_hooks_stay(patterns: Patterns) -> None:
     assert sorted(seen) == sorted(["norms.0", "convs.1", "act_quant.2"] * 2)
 
 
-def test_a_sum_that_others_read_in_place_stays() -> None:
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm, self.norm2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+class _Writes(nn.Module):
+    """Writes into tensors that a fused tail would read later, or under another name."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.norm2(self.conv(x))
-            y = self.norm(x)
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+        self.conv, self.norm, self.norm2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.identity = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.conv(x)) + 0.5
+        y = self.norm(x)
+        if self.case == "into the residual":
             x += y
             return torch.relu(x) + x
+        if self.case == "into an alias":
+            alias = self.identity(x)
+            alias += y
+            return torch.relu(alias) + x
+        if self.case == "into a view":
+            view = x.view(x.shape)
+            view += y
+            return torch.relu(view) + x
+        if self.case == "activation of the residual":
+            x = F.relu_(x)
+            return torch.relu(y + x)
+        if self.case == "before the activation":
+            x.mul_(0.5)
+            return torch.relu(y) + x
+        total = y + x
+        x.add_(1)
+        return torch.relu(total) + x
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "into the residual",
+        "into an alias",
+        "into a view",
+        "activation of the residual",
+        "before the activation",
+        "after the sum",
+    ],
+)
+def test_writes_in_place_are_seen_when_they_happen(case: str, quantized: bool) -> None:
+    torch.manual_seed(0)
+    model = _Writes(case).eval()
+    x = torch.randn(2, 3, 4, 4)
+    if quantized:
+        model = _student(model, (2, 3, 4, 4), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(adadfq.fuse(model)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["", "block", "block.0"])
+def test_hooks_that_would_be_lost_are_refused(where: str) -> None:
+    model = nn.Sequential()
+    model.add_module("block", nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    seen: list[int] = []
+    model.eval().get_submodule(where).register_forward_pre_hook(lambda *_: seen.append(1))
+    if where == "block.0":  # a layer, which stays
+        adadfq.fuse(model)(torch.randn(1, 3, 8, 8))
+        assert seen
+        return
+    with pytest.raises(adadfq.InvalidInputError, match=f"{where or 'Sequential'} has hooks, which the fused network"):
+        adadfq.fuse(model)
+
+
+def test_tensors_of_blocks_are_shared_too(tmp_path: Path) -> None:
+    class Scaled(ToyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.rand(3, 1, 1), persistent=False)
+            self.register_buffer("unread", torch.rand(3))
+            self.gain = nn.Parameter(torch.ones(1))
+            self.shift = torch.rand(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x - self.mean) * self.gain + self.shift)
+
+    model = Scaled().eval()
+    fused = adadfq.fuse(model)
+    assert set(fused.state_dict()) == set(model.state_dict())
+    ours = dict(model.named_buffers())
+    assert {name: id(b) for name, b in fused.named_buffers()} == {name: id(b) for name, b in ours.items()}
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(fused(x), model(x))
+    with pytest.raises(adadfq.InvalidInputError, match=r"cannot be saved: save adadfq.unfuse\(model\)"):
+        torch.save(fused, tmp_path / "fused.pt")
+
+
+def test_a_norm_without_bias_stays_and_half_models_fold_in_float32() -> None:
+    torch.manual_seed(0)
+    teacher = toy_teacher()
+    teacher.bn1.bias = None
+    student = _student(copy.deepcopy(teacher), (4, 3, 8, 8))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(adadfq.fuse(student)(x), student(x), rtol=1e-10, atol=1e-10)
+    half = _student(toy_teacher(), (4, 3, 8, 8), bits=8, dtype=torch.float32)
+    want = half(x.float())
+    half.bfloat16()
+    got = adadfq.fuse(half)(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("shaped", [False, True])
+def test_logits_are_float32_under_autocast(shaped: bool) -> None:
+    class Shaped(ToyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).unflatten(1, (10, 1)).flatten(1) if not shaped else super().forward(x).flatten(1)
 
     torch.manual_seed(0)
-    model = InPlace().eval()
-    x = torch.randn(2, 3, 4, 4)
-    for network in (model, _student(copy.deepcopy(model), (2, 3, 4, 4), dtype=torch.float32)):
-        torch.testing.assert_close(adadfq.fuse(network)(x), network(x), rtol=1e-5, atol=1e-6)
+    model = Shaped().eval()
+    student = _student(copy.deepcopy(model), (4, 3, 8, 8), dtype=torch.float32)
+    for network in (adadfq.fuse(model), adadfq.fuse(student)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert network(torch.randn(4, 3, 8, 8)).dtype == (torch.float32 if shaped else torch.bfloat16)
 
 
 def test_what_cannot_be_fused_is_refused_and_unchanged() -> None:

@@ -13,7 +13,14 @@ from toy import toy_recipe, toy_teacher
 
 import adadfq
 from adadfq.game import METRICS, BatchNormMatch, Game
-from adadfq.generator import ConditionalGenerator, LabelEmbeddingGenerator, build_generator
+from adadfq.generator import (
+    ConditionalBatchNorm2d,
+    ConditionalGenerator,
+    LabelEmbeddingGenerator,
+    UpsampledConv2d,
+    _Norm,
+    build_generator,
+)
 from adadfq.nn import set_calibrating
 
 
@@ -272,3 +279,36 @@ def test_generators(make: type[nn.Module], size: int, channels: int) -> None:
     assert not torch.equal(generator(noise, torch.zeros(4, dtype=torch.int64)), generator(noise, torch.arange(4)))
     with pytest.raises(adadfq.InvalidInputError, match="image_size must be a positive multiple of 4, got 30"):
         make(10, 30)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_generators_running_statistics_are_batch_norms(affine: bool) -> None:
+    torch.manual_seed(0)
+    ours = _Norm(6, 0.8, 0.2) if affine else ConditionalBatchNorm2d(3, 6, 0.8, 0.2)
+    norm = ours if isinstance(ours, nn.BatchNorm2d) else ours.norm
+    theirs = nn.BatchNorm2d(6, 0.8)
+    labels = torch.tensor([0, 2, 1, 1])
+    for _ in range(3):
+        x = torch.randn(4, 6, 5, 5) * 2 + 1
+        got, want = ours(x, labels), torch_F.leaky_relu(theirs(x), 0.2)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(norm, name), getattr(theirs, name))
+    ours.eval()
+    torch.testing.assert_close(ours(x, labels), torch_F.leaky_relu(theirs.eval()(x), 0.2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_upsampled_convolutions_are_upsampling_and_convolution(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    conv = UpsampledConv2d(5, 7).double()
+    x = torch.randn(2, 5, 6, 4, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    got = conv(x)
+    want = torch_F.conv2d(torch_F.interpolate(x, scale_factor=2), conv.weight, conv.bias, padding=1)
+    seed = torch.randn_like(want)
+    inputs = (x, conv.weight, conv.bias)
+    for a, b in zip(
+        (got, *torch.autograd.grad(got, inputs, seed)), (want, *torch.autograd.grad(want, inputs, seed)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert list(conv.state_dict()) == ["weight", "bias"] and conv.weight.shape == (7, 5, 3, 3)

@@ -16,14 +16,20 @@ from adadfq.nn import activations, set_calibrating
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_codes_are_exact_in_bfloat16(bits: int) -> None:
-    levels = torch.arange(-(2**bits) + 1, 2**bits, dtype=torch.float32)
-    assert torch.equal(levels.bfloat16().float(), levels)
-    # Up to 7 bits the code is still the nearest one after (code - zero_point) * scale was rounded to bfloat16; at 8
-    # bits, the significand's own width, a level may look like its neighbour.
-    scales = torch.rand(200, 1) * 3 + 1e-3
-    levels = levels[None]
-    seen = torch.round((levels * scales).bfloat16().float() / scales)
-    assert bool(((seen - levels).abs() <= (0 if bits < 8 else 1)).all())
+    levels = torch.arange(2**bits, dtype=torch.float32)
+    torch.manual_seed(0)
+    for zero_point in (0, 2 ** (bits - 1), 2**bits - 1):
+        for scale in (torch.rand(50) * 3 + 1e-3).tolist():
+            qparams = (torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
+            exact = (levels - zero_point) * scale
+            assert torch.equal(F.fake_quantize(exact, *qparams, bits), exact)
+            # Up to 7 bits a level rounded to bfloat16 still has its own code; at 8 bits, the significand's own
+            # width, it may look like its neighbour.
+            rounded = F.fake_quantize(exact.bfloat16(), *qparams, bits)
+            moved = (rounded.float() / scale - (levels - zero_point)).abs()
+            assert bool((moved <= (0.5 if bits < 8 else 1.5)).all())
+    whole = torch.arange(-(2**bits) + 1, 2**bits, dtype=torch.float32)
+    assert torch.equal(whole.bfloat16().float(), whole)
 
 
 def test_quantisers_choose_codes_in_float32(bits: int = 4) -> None:

@@ -487,3 +487,63 @@ def test_a_step_reads_nothing_back() -> None:
     with Refuse():
         for train in (False, True):
             trainer.game.step(noise, labels, train)
+
+
+def test_the_student_keeps_its_layout_but_while_it_plays() -> None:
+    teacher = toy_teacher()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        student = adadfq.quantize(teacher, 4, 4).to(memory_format=memory_format)
+        strides = [p.stride() for p in student.parameters()]
+        trainer = adadfq.Trainer(teacher, student, toy_recipe(epochs=2), progress=False)
+        assert [p.stride() for p in student.parameters()] == strides
+        trainer.play()
+        assert student.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+        assert trainer.game.teacher.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+        trainer.fit()
+        assert [p.stride() for p in student.parameters()] == strides
+
+
+@pytest.mark.parametrize("after_fit", [False, True])
+def test_updates_are_those_of_plain_optimizers(after_fit: bool) -> None:
+    """Fused optimizers walk weights, gradients and state by address: a layout that differs would scramble them."""
+    trainer = _trainer(epochs=2, warmup_epochs=0)
+    if after_fit:
+        trainer.fit()
+    optimizers = [trainer.optimizer_generator, trainer.optimizer_student]
+    players = [trainer.game.generator_parameters, trainer.game.student_parameters]
+    twins = [[p.detach().clone(memory_format=torch.contiguous_format) for p in group] for group in players]
+    adam = torch.optim.Adam(twins[0], lr=float(optimizers[0].param_groups[0]["lr"]), betas=(0.5, 0.999), foreach=False)
+    settings = {name: optimizers[1].param_groups[0][name] for name in ("momentum", "weight_decay", "nesterov")}
+    sgd = torch.optim.SGD(twins[1], lr=float(optimizers[1].param_groups[0]["lr"]), foreach=False, **settings)
+    for fused, plain, group, copies in zip(optimizers, (adam, sgd), players, twins, strict=True):
+        for parameter, twin in zip(group, copies, strict=True):
+            state = fused.state[parameter]
+            if state:
+                plain.state[twin] = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    for _ in range(3):
+        trainer.play()
+        for plain, group, copies in zip((adam, sgd), players, twins, strict=True):
+            for parameter, twin in zip(group, copies, strict=True):
+                twin.grad = parameter.grad.contiguous()
+            plain.step()
+    for group, copies in zip(players, twins, strict=True):
+        for parameter, twin in zip(group, copies, strict=True):
+            torch.testing.assert_close(parameter.data, twin, rtol=1e-4, atol=1e-6)
+
+
+def test_capture_needs_a_gpu() -> None:
+    with pytest.raises(adadfq.InvalidInputError, match="capture needs a CUDA device, got cpu"):
+        adadfq.Trainer(toy_teacher(), adadfq.quantize(toy_teacher()), toy_recipe(), capture=True)
+
+
+def test_what_cannot_be_fused_plays_as_it_is_and_what_is_fused_stays_so() -> None:
+    teacher = toy_teacher()
+    student = adadfq.quantize(teacher, 4, 4)
+    fused = adadfq.fuse(student)
+    trainer = adadfq.Trainer(teacher, fused, toy_recipe(), progress=False)
+    assert trainer.game.student is fused
+    hooked = toy_teacher()
+    hooked.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    with pytest.warns(UserWarning, match="the teacher plays unfused, which takes longer: ToyNet has hooks"):
+        trainer = adadfq.Trainer(hooked, adadfq.quantize(teacher, 4, 4), toy_recipe(), progress=False)
+    assert trainer.game.teacher is trainer.teacher
