@@ -188,19 +188,17 @@ class _Fuser:
             shaping = name in _SHAPING
         return shaping and self.gives_logits(user)
 
-    def tail(self, norm: fx.Node, norms: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None, str, fx.Node | None]:
+    def tail(self, norm: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str, fx.Node | None]:
         """(the nodes, residual, activation, quantiser) from `norm` on, as far as nothing else reads what is between."""
         tail, residual = [norm], None
         user = _only_user(norm)
         if user is not None and (terms := _sum_of(user)) is not None:
             other = terms[1] if terms[0] is norm else terms[0]
-            # A sum of two norms goes with the later one, which has the other's result at hand.
-            taken = other in norms and norm < other and _only_user(other) is user
             # Written into the other term, the sum is what that term's readers, aliases among them, are to see.
             written = terms[0] is not norm and is_inplace(user, self.modules)
             # Only with an activation behind it is an addition more than a pass of its own.
             act = _only_user(user)
-            if other is norm or taken or written or act is None or self.act(act) is None:
+            if other is norm or written or act is None or self.act(act) is None:
                 return tail, None, "none", None
             if self.writes_between(norm, act, [user]):
                 return tail, None, "none", None
@@ -250,7 +248,7 @@ class _StudentFuser(_Fuser):
         folded = self.at_start(fused_layers.fold_batch_norms, paths)
         maps = {path: (self.item(folded, 0, i), self.item(folded, 1, i)) for i, path in enumerate(paths)}
         for node in norms:
-            tail, residual, act, quantizer = self.tail(node, set(norms))
+            tail, residual, act, quantizer = self.tail(node)
             path = str(node.target)
             args = (node.args[0], self.attribute(path), *maps[path], residual, act, quantizer)
             self.replace(tail, fused_layers.batch_norm_act_quantize, *args)
@@ -277,7 +275,7 @@ class _TeacherFuser(_Fuser):
         norms = [node for node in nodes if self.norm(node)]
         self.modules[_WATCH].norms = [self.modules[str(node.target)] for node in norms]
         for node in norms:
-            tail, residual, act, _ = self.tail(node, set(norms))
+            tail, residual, act, _ = self.tail(node)
             args = (node.args[0], self.attribute(str(node.target)), self.attribute(_WATCH), residual, act)
             self.replace(tail, fused_layers.watched_batch_norm, *args)
         for node in nodes:
