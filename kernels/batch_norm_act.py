@@ -54,15 +54,16 @@ _CHANNELS, _COMBINED = 4, 2048
 
 @triton.jit
 def _sample(samples):
-    """The program's sample; those past the last do its work again, and write the same."""
-    return tl.minimum(tl.program_id(1) + tl.program_id(2) * tl.num_programs(1), samples - 1)
+    """The program's sample, in 64 bits; those past the last do its work again, and write the same."""
+    sample = tl.minimum(tl.program_id(1) + tl.program_id(2) * tl.num_programs(1), samples - 1)
+    return sample.to(tl.int64)
 
 
 @triton.jit
 def _first_of_sample(sample, size: tl.int64, VECTOR: tl.constexpr, PER_SAMPLE: tl.constexpr):
     """Offset of a sample of `size` elements."""
     if PER_SAMPLE:
-        return sample.to(tl.int64) * ((size // VECTOR) * VECTOR)  # tells the compiler what divides it
+        return sample * ((size // VECTOR) * VECTOR)  # tells the compiler what divides it
     else:
         return 0
 
@@ -180,7 +181,7 @@ def batch_norm_act_sums_kernel(
         g = tl.where(d * slope + shift > 0, g, negative_slope * g)
         sum_g += g
         sum_product += tl.where(mask, g * d, 0.0)
-    row = sample.to(tl.int64) * splits + tl.program_id(0) // blocks
+    row = sample * splits + tl.program_id(0) // blocks
     out_ptr = sums_ptr + row * channels
     store_per_channel(out_ptr, channel_sum(sum_g.to(tl.float64), COLUMNS), block, channels, K, COLUMNS)
     out_ptr += tl.cast(samples, tl.int64) * splits * channels
@@ -217,13 +218,13 @@ def batch_norm_act_combine_kernel(
     weighted = tl.zeros([SAMPLES, CHANNELS], tl.float64)
     weighted_hat = tl.zeros([SAMPLES, CHANNELS], tl.float64)
     for s in range(0, samples, SAMPLES):
-        sample = s + tl.arange(0, SAMPLES)
+        sample = (s + tl.arange(0, SAMPLES)).to(tl.int64)
         partial = tl.zeros([SAMPLES, SPLITS, CHANNELS], tl.float64)
         partial_product = tl.zeros([SAMPLES, SPLITS, CHANNELS], tl.float64)
         for p in range(0, splits, SPLITS):
             split = p + tl.arange(0, SPLITS)
             mask = (sample < samples)[:, None, None] & (split < splits)[None, :, None] & exists[None, None, :]
-            row = sample.to(tl.int64)[:, None, None] * splits + split[None, :, None]
+            row = sample[:, None, None] * splits + split[None, :, None]
             at = sums_ptr + row * channels + channel[None, None, :]
             partial += tl.load(at, mask=mask, other=0.0)
             partial_product += tl.load(at + apart, mask=mask, other=0.0)
@@ -301,8 +302,9 @@ def batch_norm_act_backward_kernel(
 def _plan(x: Tensor, layout: Layout, samples: int) -> tuple[Plan, tuple[int, int, int], dict[str, Any]]:
     """(plan of a sample, grid of all of them, constants and launch options)."""
     found = plan(x, layout._replace(outer=layout.outer // samples), samples)
-    rows = min(samples, _MOST_SAMPLES)
-    grid = (*found.grid, rows, triton.cdiv(samples, rows))
+    # The third dimension first, so that few of its programs find no sample left.
+    thirds = triton.cdiv(samples, _MOST_SAMPLES)
+    grid = (*found.grid, triton.cdiv(samples, thirds), thirds)
     return found, grid, {"PER_SAMPLE": samples > 1, **found.options}
 
 
