@@ -78,6 +78,14 @@ def check_per_sample(name: str, values: Any, x: Tensor) -> None:
         raise InvalidInputError(f"{name} must be on {x.device} like x, got {values.device}")
 
 
+def check_same_form(weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise unless `weight` and `bias`, where both are given, are both [C] or both [N, C]."""
+    if weight is not None and bias is not None and weight.dim() != bias.dim():
+        raise InvalidInputError(
+            f"weight and bias must both be [C] or both [N, C], got {list(weight.shape)} and {list(bias.shape)}"
+        )
+
+
 def as_constant(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` in `dtype`, without a gradient."""
     return values.detach().to(dtype) if values.requires_grad or values.dtype is not dtype else values

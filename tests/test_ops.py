@@ -699,8 +699,12 @@ def test_batch_norm_act_gives_gradients_where_they_are_wanted(backend: str) -> N
     y.sum().backward()
     assert weight.grad is not None and x.grad is None and bias.grad is None
     x.requires_grad_()
-    y, mean, var = F.batch_norm_act(x, weight.bfloat16().detach().requires_grad_(), bias)
+    coarse = weight.detach().bfloat16().requires_grad_()
+    y, mean, var = F.batch_norm_act(x, coarse, bias, negative_slope=0.2)
     assert y.requires_grad and not mean.requires_grad and not var.requires_grad
+    y.sum().backward()
+    assert coarse.grad is not None and coarse.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(coarse.grad, weight.grad.bfloat16())
 
 
 LOSS_SETTINGS = {"lambda_l": 0.3, "lambda_u": 0.6, "alpha_ds": 0.2, "alpha_as": 0.1, "beta": 1.5}
@@ -857,6 +861,17 @@ def test_opcheck(backend: str, name: str, channels_last: bool) -> None:
         a.contiguous(memory_format=torch.channels_last)
         if channels_last and isinstance(a, Tensor) and a.dim() == 4
         else a
+        for a in _op_arguments()[name]
+    )
+    torch.library.opcheck(getattr(torch.ops.adadfq, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.startswith(("bn_match", "batch_norm"))])
+def test_opcheck_of_transposed_matrices(backend: str, name: str) -> None:
+    """Of [N, C], `x` and parameters of samples have one shape; the results must still take each one's strides."""
+    _need(backend, name)
+    arguments = tuple(
+        a[:, :, 0, 0].t().contiguous().t() if isinstance(a, Tensor) and a.dim() == 4 else a
         for a in _op_arguments()[name]
     )
     torch.library.opcheck(getattr(torch.ops.adadfq, name).default, arguments)
@@ -1053,7 +1068,9 @@ def test_state_given_to_a_compiled_function_moves(backend: str) -> None:
         ("weight must be a floating-point tensor", lambda x: F.batch_norm_act(x, x.int())),
         (r"weight and bias must both be \[C\] or both \[N, C\]", lambda x: F.batch_norm_act(x, x, x[0])),
         ("weight must be on cpu like x, got meta", lambda x: F.batch_norm_act(x, x.to("meta"))),
-        ("eps must be at least 0, got -1", lambda x: F.batch_norm_act(x, eps=-1)),
+        (r"eps must be positive, got -1\.0", lambda x: F.batch_norm_act(x, eps=-1)),
+        (r"eps must be positive, got 0\.0", lambda x: F.batch_norm_act(x, eps=0)),
+        ("eps must be a finite number, got nan", lambda x: F.batch_norm_act(x, eps=math.nan)),
         (r"negative_slope must be 0\.\.1, got 1\.5", lambda x: F.batch_norm_act(x, negative_slope=1.5)),
         (r"negative_slope must be 0\.\.1, got -0\.1", lambda x: F.batch_norm_act(x, negative_slope=-0.1)),
         ("negative_slope must be a finite number", lambda x: F.batch_norm_act(x, negative_slope=math.nan)),

@@ -10,7 +10,6 @@ from torch import Tensor
 from adadfq import checks
 from adadfq.errors import InvalidInputError
 from adadfq.functional.autograd import first_order_only
-from adadfq.ops import reference
 from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
@@ -193,7 +192,7 @@ def batch_norm_act(
         x: the layer's input, [N, C, ...], floating, with at least two values a channel.
         weight: [C] or [N, C], or None for ones.
         bias: in the form of `weight`, or None for zeros.
-        eps: added to the variance, at least 0.
+        eps: added to the variance, positive.
         negative_slope: in 0..1: 1 is no activation, 0 is ReLU.
 
     Returns:
@@ -211,8 +210,10 @@ def batch_norm_act(
     for name, values in (("weight", weight), ("bias", bias)):
         if values is not None:
             checks.check_per_sample(name, values, x)
-    reference.is_per_sample(weight, bias)
-    eps = checks.check_number("eps", eps, 0)
+    checks.check_same_form(weight, bias)
+    eps = checks.check_number("eps", eps)
+    if eps <= 0:
+        raise InvalidInputError(f"eps must be positive, got {eps!r}")
     negative_slope = checks.check_number("negative_slope", negative_slope, 0, 1)
     dtype = compute_dtype(x.dtype)
     weight = None if weight is None else weight.to(dtype)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adadfq import checks
 from adadfq.errors import InvalidInputError
 
 NAME = "reference"
@@ -394,10 +395,7 @@ def is_per_sample(weight: Tensor | None, bias: Tensor | None) -> bool:
     Raises:
         InvalidInputError: one is this and the other that.
     """
-    if weight is not None and bias is not None and weight.dim() != bias.dim():
-        raise InvalidInputError(
-            f"weight and bias must both be [C] or both [N, C], got {list(weight.shape)} and {list(bias.shape)}"
-        )
+    checks.check_same_form(weight, bias)
     return any(values is not None and values.dim() == 2 for values in (weight, bias))
 
 
@@ -425,7 +423,7 @@ def batch_norm_act(
     u = (x - mean) / sqrt(var + eps) * weight + bias with `weight` and `bias` [C] or [N, C]; y = u where u > 0, else
     negative_slope u. mean and biased var are float64, as those of :func:`bn_match`.
     """
-    is_per_sample(weight, bias)
+    checks.check_same_form(weight, bias)
     mean, var = _moments(x)
     u, _, _ = _normalised(x, mean, var, weight, bias, eps)
     return torch.empty_like(x).copy_(torch.where(u > 0, u, negative_slope * u)), mean, var
@@ -471,8 +469,8 @@ def batch_norm_act_backward(
     grad_x = torch.empty_like(x).copy_(g * slope + (offset + factor * centred))
     return (
         grad_x,
-        g.new_empty(0) if weight is None else sum_g_hat.to(g.dtype),
-        g.new_empty(0) if bias is None else sum_g.to(g.dtype),
+        g.new_empty(0) if weight is None else sum_g_hat.to(g.dtype).contiguous(),
+        g.new_empty(0) if bias is None else sum_g.to(g.dtype).contiguous(),
     )
 
 
