@@ -17,7 +17,7 @@ import triton as compiler
 import triton.language as tl
 
 from adadfq.errors import BackendError
-from adadfq.kernels import bn_match, configs, segments, tiles
+from adadfq.kernels import batch_norm_act, bn_match, configs, segments, tiles
 from adadfq.kernels.segments import channels_at
 from adadfq.ops import dispatch, native_args, triton
 
@@ -63,9 +63,7 @@ def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    "op", [op for op in triton.KERNELS if op.startswith(("bn_match", "batch_norm", "affine_act", "dynamic"))]
-)
+@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op.startswith(("bn_match", "affine_act", "dynamic"))])
 def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every channel in several programs of several tiles, and more channels than one program combines."""
     monkeypatch.setattr(tiles, "PROGRAMS", 1)
@@ -78,6 +76,33 @@ def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.Mo
         main = args[op.endswith("_backward")]
         assert tiles.plan(main, native_args.layout(op, main, 1)).splits > 1
         assert_right(op, call(triton.KERNELS[op], op, args), args)
+
+
+@pytest.mark.parametrize("form", ["channel", "sample", "bias of a sample"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", ["batch_norm_act", "batch_norm_act_backward"])
+def test_batch_norm_act_in_two_stages(op: str, channels_last: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums combined in several turns, of splits and of samples; samples in two dimensions of the grid, one to spare."""
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "MOST_TILES", 2)
+    monkeypatch.setattr(bn_match, "_MOST_SPLITS", 2)
+    monkeypatch.setattr(bn_match, "_COMBINED", 2)
+    monkeypatch.setattr(batch_norm_act, "_COMBINED", 8)
+    monkeypatch.setattr(batch_norm_act, "_MOST_SAMPLES", 2)
+    monkeypatch.setitem(configs.CONFIGS, "channel_tiles", (configs.Config(1, 1),))
+    turn = 8 // batch_norm_act._CHANNELS
+    args = list(arguments(op, (3, 6, 20, 26), torch.float32, channels_last))
+    backward = op.endswith("_backward")
+    weight, bias = (4, 5) if backward else (1, 2)
+    if form == "channel":
+        args[weight], args[bias] = args[weight][0], args[bias][0]
+    elif form == "bias of a sample":
+        args[weight] = None
+    _, layout, samples = native_args.sample_layout(op, args[backward], form != "channel")
+    plan, (_, rows, thirds), _ = batch_norm_act._plan(args[backward], layout, samples)
+    assert plan.splits > turn
+    assert form == "channel" or (thirds > 1 and samples == 3 < rows * thirds)
+    assert_right(op, call(triton.KERNELS[op], op, tuple(args)), tuple(args))
 
 
 @compiler.jit
