@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as torch_F
 
-from adadfq import functional
+from adadfq import checks, functional
 from adadfq.functional.autograd import first_order_only
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear
-from adadfq.ops.run import needs_gradient
+from adadfq.ops.run import needs_gradient, run
 from adadfq.ops.schema import compute_dtype
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "float32_linear",
     "fold_batch_norms",
     "frozen_convolution",
+    "inference_maps",
     "quantize_weights",
     "quantized_layer",
     "watched_batch_norm",
@@ -32,7 +33,6 @@ def _same(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS = {"none": _same, "relu": torch.relu, "relu6": torch_F.relu6}
-_LIMITS = {"relu": None, "relu6": 6.0}
 
 
 class BatchNormWatch(nn.Module):
@@ -158,27 +158,6 @@ def frozen_convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     return _FrozenConvolution.apply(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-class _ReluInPlace(torch.autograd.Function):
-    """ReLU, up to `limit` if there is one, in place; a byte an element is kept for the backward, not the result."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float | None) -> Tensor:
-        stopped = x <= 0  # not where x is NaN
-        if limit is not None:
-            stopped |= x >= limit
-        ctx.save_for_backward(stopped.logical_not_().view(torch.uint8))
-        ctx.mark_dirty(x)
-        x.clamp_(0, limit)
-        return x
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (passed,) = ctx.saved_tensors
-        # Filling by a mask takes ten times as long on a CPU.
-        return torch.ops.aten.threshold_backward(grad, passed.to(grad.dtype), 0), None
-
-
 def float32_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """`layer` on `x`, in float32 under autocast too."""
     return _linear(x, layer.weight, layer.bias, True)
@@ -189,6 +168,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Te
         return torch_F.linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return torch_F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def _one_by_one(x: Tensor, norm: Any, residual: Tensor | None, act: str) -> Tensor:
+    y = norm(x)
+    return _ACTIVATIONS[act](y if residual is None else y + residual)
 
 
 def batch_norm_act_quantize(
@@ -214,8 +198,7 @@ def batch_norm_act_quantize(
         quantizer: of the result; None leaves it in float.
     """
     if norm.training or (residual is not None and residual.shape != x.shape):
-        y = norm(x)
-        y = _ACTIVATIONS[act](y if residual is None else y + residual)
+        y = _one_by_one(x, norm, residual, act)
         return y if quantizer is None else quantizer(y)
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
@@ -226,28 +209,75 @@ def batch_norm_act_quantize(
     return functional.affine_act_fake_quantize(x, scale, shift, residual, act, qparams)
 
 
-def watched_batch_norm(
-    x: Tensor, norm: Any, watch: BatchNormWatch, residual: Tensor | None = None, act: str = "none"
-) -> Tensor:
-    """``act(norm(x) + residual)``; while `watch` collects, with the loss of the layer's statistics in the norm's pass.
+class _WatchedTail(torch.autograd.Function):
+    """act(x scale_c + shift_c + residual) and the loss of x's statistics; keeps x and the residual, not the result."""
 
-    Arguments as :func:`batch_norm_act_quantize`.
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, act: str, eps: float, maps: Sequence[Tensor], *running: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scale, shift, std = maps
+        loss, mean, var = run("bn_match", x, *running)
+        y = run("affine_act_fake_quantize", x, scale, shift, residual, act, None, None, checks.MAX_BITS)
+        ctx.act, ctx.eps = act, eps
+        ctx.save_for_backward(x, residual, scale, shift, std, mean, var, *running)
+        ctx.set_materialize_grads(False)
+        return y, loss
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None) -> tuple[Any, ...]:
+        x, residual, scale, shift, std, *statistics = ctx.saved_tensors
+        grad_residual, nothing = None, (None,) * 5
+        if grad_y is None:
+            grad_x = None if grad_loss is None else run("bn_match_backward", grad_loss, x, *statistics)
+            return grad_x, None, *nothing
+        needs_residual = ctx.needs_input_grad[1]
+        grad_x, grad_residual, _, _ = run(
+            "affine_act_fake_quantize_backward", grad_y, x, scale, shift, residual, ctx.act, needs_residual, False
+        )
+        if grad_loss is not None:
+            # Scaled already: a weight of std makes the layer's own factor 1.
+            arguments = (grad_x, x, grad_loss, *statistics, std, ctx.eps)
+            grad_x = run("bn_match_forward_backward", *arguments)
+        return grad_x, grad_residual if needs_residual else None, *nothing
+
+
+@torch.no_grad()
+def inference_maps(norms: Sequence[Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Scale, shift and sqrt(running_var + eps) of every BatchNorm in inference, each [C] and a constant."""
+    scales, shifts = fold_batch_norms(norms)
+    stds = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
+    torch._foreach_sqrt_(stds)
+    return [(scale, shift, std.to(scale.dtype)) for scale, shift, std in zip(scales, shifts, stds, strict=True)]
+
+
+def watched_batch_norm(
+    x: Tensor,
+    norm: Any,
+    watch: BatchNormWatch,
+    maps: tuple[Tensor, Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """``act(norm(x) + residual)``; while `watch` collects, with the loss of the layer's statistics.
+
+    Arguments as :func:`batch_norm_act_quantize`, and `maps`: those of the layer in :func:`inference_maps`, if it has
+    any.
     """
-    parameters = (norm.weight, norm.bias)
     if watch.losses is None:
-        y = norm(x)
-    elif norm.training or needs_gradient(*parameters):
+        return _one_by_one(x, norm, residual, act)
+    if norm.training or needs_gradient(norm.weight, norm.bias):
         watch.losses.append(functional.bn_match(x, norm.running_mean, norm.running_var))
-        y = norm(x)
+        return _one_by_one(x, norm, residual, act)
+    if act != "none" and maps is not None and (residual is None or residual.shape == x.shape):
+        if residual is not None and residual.dtype != x.dtype:
+            residual = residual.to(x.dtype)
+        dtype = maps[0].dtype
+        running = checks.as_constant(norm.running_mean, dtype), checks.as_constant(norm.running_var, dtype)
+        y, loss = _WatchedTail.apply(x, residual, act, norm.eps, maps, *running)
     else:
-        y, loss = functional.bn_match_forward(x, norm.running_mean, norm.running_var, *parameters, norm.eps)
-        watch.losses.append(loss)
-    # The norm's backward asks nothing of y.
-    if residual is not None:
-        y = y.add_(residual) if residual.shape == y.shape and residual.dtype == y.dtype else y + residual
-    if act == "none":
-        return y
-    if y.requires_grad and y.dtype == torch.float32:
-        return _ReluInPlace.apply(y, _LIMITS[act])
-    # Of 16 bits a mask would save half as much memory, for a pass as long.
-    return torch.relu_(y) if act == "relu" else torch_F.relu6(y, inplace=True)
+        y, loss = functional.bn_match_forward(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        y = _ACTIVATIONS[act](y if residual is None else y + residual)
+    watch.losses.append(loss)
+    return y

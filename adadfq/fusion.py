@@ -31,8 +31,8 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     A quantised network (:func:`adadfq.quantize`): every BatchNorm in inference form with what follows it of residual
     addition, ReLU or ReLU6 and activation quantiser is one operation, and the weights of all layers are quantised by
     one call a forward. A float network, as a teacher: every BatchNorm gives the loss of its batch statistics in the
-    pass that normalises (:class:`adadfq.game.BatchNormMatch` collects them; else they are not computed). Frozen
-    convolutions keep no input for the backward, and float32 activations behind a BatchNorm a byte an element.
+    pass that normalises (:class:`adadfq.game.BatchNormMatch` collects them; else they are not computed), with residual
+    addition and activation, which keep nothing more for the backward; nor do frozen convolutions keep their input.
 
     The result shares the layers, parameters and buffers of `model`: training one trains the other, and state_dict keys
     are the same. Move, cast and save `model`, not the result. Control flow that depends on ``training`` is settled for
@@ -274,9 +274,14 @@ class _TeacherFuser(_Fuser):
         nodes = list(self.graph.nodes)
         norms = [node for node in nodes if self.norm(node)]
         self.modules[_WATCH].norms = [self.modules[str(node.target)] for node in norms]
+        paths = [str(node.target) for node in norms if _is_affine(self.modules[str(node.target)])]
+        paths = list(dict.fromkeys(paths))
+        folded = self.at_start(fused_layers.inference_maps, paths) if paths else None
+        maps = {path: self.item(folded, i) for i, path in enumerate(paths)}
         for node in norms:
             tail, residual, act, _ = self.tail(node)
-            args = (node.args[0], self.attribute(str(node.target)), self.attribute(_WATCH), residual, act)
+            path = str(node.target)
+            args = (node.args[0], self.attribute(path), self.attribute(_WATCH), maps.get(path), residual, act)
             self.replace(tail, fused_layers.watched_batch_norm, *args)
         for node in nodes:
             if self.called(node, nn.Conv2d) is not None:

@@ -386,5 +386,5 @@ def test_a_fused_teacher_keeps_little_for_its_backward() -> None:
     plain = BatchNormMatch(teacher)
     with plain.watching():
         theirs = _kept_bytes(teacher, x)
-    # A BatchNorm's input and a byte an element of the activation, of that input, the activation and its result.
-    assert ours < 0.65 * theirs
+    # Of each BatchNorm's input and each activation: the inputs, and the activations that blocks add to others.
+    assert ours < 0.8 * theirs
