@@ -42,7 +42,8 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def block(path: Path, content: dict[str, Any]) -> str:
-    """The README's part about one file: a table for each network and bits. Of a CPU's times only ratios are shown."""
+    """The README's part about one file: a table for each network and bits. A CPU's times are not shown: whatever
+    else ran during one of these long runs is in them, and no two ran side by side."""
     parts = [f"**{machine(content['environment'])}** (`benchmarks/results/{path.name}`)"]
     if not content["rows"]:
         parts.append("No run is stored yet.")
@@ -56,17 +57,11 @@ def _network_parts(rows: Sequence[Row], on_cpu: bool) -> list[str]:
     changed = ", ".join(f"`{setting}`" for setting in _shared(rows))
     title = f"{first['model']}, {first['weight_bits']}-bit weights and {first['act_bits']}-bit activations, recipe "
     title += f"`{first['recipe']}`{' with ' + changed if changed else ''}:"
-    base = summaries[0].ms_per_image
     lines = []
     for summary in summaries:
-        time = summary.ms_per_image
-        if on_cpu:
-            cell = "-" if time is None or base is None else f"{number(time / base)}x"
-        else:
-            cell = number(time)
-        cells = [_accuracy(summary, "±"), _percent(summary.round_to_nearest), str(summary.steps), cell]
-        lines.append([f"`{summary.label}`", *cells])
-    header = ["setting", "top-1 %", "round to nearest", "steps", "time an image" if on_cpu else "ms an image"]
+        cells = [_accuracy(summary, "±"), _percent(summary.round_to_nearest), str(summary.steps)]
+        lines.append([f"`{summary.label}`", *cells, *([] if on_cpu else [number(summary.ms_per_image)])])
+    header = ["setting", "top-1 %", "round to nearest", "steps", *([] if on_cpu else ["ms an image"])]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     share = first["teacher_accuracy"] / 100
     error = 100 * (share * (1 - share) / first["images"]) ** 0.5
@@ -102,7 +97,7 @@ def _accuracy(summary: Summary, plus_minus: str) -> str:
 
 
 def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
-    """A row of fields a network: accuracy of every seed with mean and deviation by variant; the time an image takes."""
+    """A row of fields a network: accuracy of every seed with mean and deviation by variant; on a GPU, time an image."""
     on_cpu = content["environment"]["device"] == "cpu"
     for i, (title, rows) in enumerate(_by_network(content["rows"]).items()):
         summaries = summarize(rows)
@@ -122,10 +117,12 @@ def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
         left.set(title=title, xlabel="top-1 %: seeds, mean ± sample deviation", ylim=(len(summaries) - 0.5, -0.5))
         left.legend(fontsize=7)
 
-        unit = (summaries[0].ms_per_image or 1.0) if on_cpu else 1.0
-        right.barh(places, [(summary.ms_per_image or 0.0) / unit for summary in summaries], color="C2")
+        if on_cpu:
+            right.set_visible(False)
+            continue
+        right.barh(places, [summary.ms_per_image or 0.0 for summary in summaries], color="C2")
         right.set_yticks(places, [""] * len(summaries))
-        right.set(xlabel="time an image, of the first's" if on_cpu else "ms an image", ylim=left.get_ylim())
+        right.set(xlabel="ms an image", ylim=left.get_ylim())
 
 
 def networks(rows: Sequence[Row]) -> int:
