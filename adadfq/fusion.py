@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def is_fused(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and _ORIGINAL in model.meta
 
 
-class _Fuser:
+class _Fuser(ABC):
     """Rewrites a traced graph; modules are passed to the functions of `fused_layers` through get_attr nodes."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
@@ -128,8 +129,9 @@ class _Fuser:
                 _share_tensors(module, container)
         return fused
 
+    @abstractmethod
     def rewrite(self) -> None:
-        raise NotImplementedError
+        """Rewrite the graph."""
 
     def called(self, node: Any, *kinds: type[nn.Module]) -> nn.Module | None:
         """The module that `node` calls on one argument, if it is of exactly one of `kinds` and without hooks."""

@@ -163,10 +163,12 @@ class Game:
         loss_generator = logits_loss.total + recipe.gamma * loss_bns
         loss_student = functional.entropy_distillation(teacher_logits.detach(), student_logits, recipe.temperature)
 
-        # Asking for one player's parameters alone keeps autograd from computing the other's weight gradients.
-        _set_gradients(self.generator_parameters, loss_generator, keep_graph=train_student)
+        # Asking for one player's parameters alone keeps autograd from computing the other's weight gradients. The
+        # generator's come last: from then on every layer's memory is free as soon as its gradient is through.
         if train_student:
-            _set_gradients(self.student_parameters, loss_student, keep_graph=False)
+            _set_gradients(self.student_parameters, loss_student, keep_graph=True)
+        _set_gradients(self.generator_parameters, loss_generator, keep_graph=False)
+        if train_student:
             self.optimizer_student.step()
         self.optimizer_generator.step()
 
