@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 TESTS = Path(__file__).parent
 #: Of the examples that the CPU kernels get: the interpreter takes milliseconds for each program.
-SHARE = 0.1
+SHARE = 0.05
 
 
 def _run(*arguments: str) -> None:
