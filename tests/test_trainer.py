@@ -501,6 +501,10 @@ def test_the_student_keeps_its_layout_but_while_it_plays() -> None:
         assert trainer.game.teacher.conv2.weight.is_contiguous(memory_format=torch.channels_last)
         trainer.fit()
         assert [p.stride() for p in student.parameters()] == strides
+        for optimizer in (trainer.optimizer_generator, trainer.optimizer_student):
+            for weight, state in optimizer.state.items():
+                shaped = [value for value in state.values() if value.shape == weight.shape]
+                assert shaped and all(value.stride() == weight.stride() for value in shaped)
 
 
 @pytest.mark.parametrize("after_fit", [False, True])
