@@ -20,6 +20,7 @@ from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight, activatio
 from adadfq.reporting import Report, ReportRow
 
 __all__ = [
+    "QUANTIZING",
     "QuantInfo",
     "is_as_quantized",
     "module_bits",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-_QUANTIZED = (QuantConv2d, QuantLinear, QuantWeight, QuantAct)
+QUANTIZING = (QuantConv2d, QuantLinear, QuantWeight, QuantAct)
 _RELU_MODULES = (nn.ReLU, nn.ReLU6)
 _RELU_FUNCTIONS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
 _RELU_METHODS = {"relu", "relu_"}
@@ -184,7 +185,7 @@ def module_bits(model: nn.Module) -> dict[str, int]:
     return {
         name: module.act_bits if isinstance(module, QuantAct) else module.weight_bits
         for name, module in model.named_modules()
-        if isinstance(module, _QUANTIZED)
+        if isinstance(module, QUANTIZING)
     }
 
 
@@ -226,7 +227,7 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        if isinstance(module, _QUANTIZED):
+        if isinstance(module, QUANTIZING):
             raise InvalidInputError(f"model is already quantised ({name} is a {type(module).__name__})")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -296,7 +297,7 @@ class _Tracer(fx.Tracer):
     """Symbolic tracing that records, for every call, the module it is made in; quantising modules stay whole."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _QUANTIZED) or super().is_leaf_module(module, name)
+        return isinstance(module, QUANTIZING) or super().is_leaf_module(module, name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

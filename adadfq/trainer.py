@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from adadfq import files
 from adadfq.capture import CapturedStep
 from adadfq.checkpoint import fitted, load_weights, read_state_dict, write_state_dict
-from adadfq.convert import module_bits, quantized_info
+from adadfq.convert import QUANTIZING, module_bits, quantized_info
 from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
 from adadfq.fusion import fuse as fuse_network
 from adadfq.fusion import is_fused
 from adadfq.game import METRICS, Game
 from adadfq.generator import build_generator
 from adadfq.metrics import MetricBuffer, MetricLog, Progress
-from adadfq.nn import QuantConv2d, activations, frozen_ranges, set_calibrating
+from adadfq.nn import QuantAct, QuantConv2d, frozen_ranges, set_calibrating
 from adadfq.players import check_generator, check_network, check_players
 from adadfq.recipe import Recipe
 from adadfq.result import CHECKPOINT, RESULT, Result, save_result
@@ -138,7 +138,10 @@ class Trainer:
         )
         # The step of the present phase, and what tells phases apart.
         self._captured: tuple[Any, CapturedStep] | None = None
-        self._layouts: list[tuple[nn.Parameter, tuple[int, ...]]] = []
+        #: What a recorded step has settled; looked up at every step, so found once.
+        self._quantizers = [module for module in self.student.modules() if isinstance(module, QUANTIZING)]
+        #: The strides that weights came with, while they have others.
+        self._strides: dict[nn.Parameter, tuple[int, ...]] | None = None
         self.epoch, self.step = 0, 0
         self._directory: Path | None = None
         self._used = False
@@ -170,12 +173,14 @@ class Trainer:
         Counts no step and changes no phase: :meth:`fit` does, and calls this. From the first call to the end of
         :meth:`fit`, weights of convolutions are channels_last. The result is overwritten by the next call.
         """
-        if not self._layouts:
+        if self._strides is None:
             self._lay_out()
         if not self.capture:
             return self._draw_and_step(train_student)
-        phase = (train_student, *(act._calibrating for act in activations(self.student).values()))
-        phase += tuple(module_bits(self.student).values())
+        phase = (
+            train_student,
+            *((_bits(module), getattr(module, "_calibrating", None)) for module in self._quantizers),
+        )
         if self._captured is None or self._captured[0] != phase:
             self._captured = None  # its memory first
             step = partial(self._draw_and_step, train_student)
@@ -184,22 +189,23 @@ class Trainer:
 
     def _lay_out(self) -> None:
         """Make the weights of plain convolutions channels_last."""
+        self._strides = {}
         for model in (self.teacher, self.student, self.generator):
             for module in model.modules():
-                if type(module) in (nn.Conv2d, QuantConv2d):
-                    self._layouts.append((module.weight, module.weight.stride()))
+                if type(module) in (nn.Conv2d, QuantConv2d) and module.weight not in self._strides:
+                    self._strides[module.weight] = module.weight.stride()
                     module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         self._lay_out_optimizers()
 
     def _restore_layouts(self) -> None:
         """Give the weights the strides they came with."""
         self._captured = None
-        for weight, strides in self._layouts:
+        for weight, strides in (self._strides or {}).items():
             weight.data = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(
                 weight.data
             )
             weight.grad = None
-        self._layouts = []
+        self._strides = None
         self._lay_out_optimizers()
 
     def _lay_out_optimizers(self) -> None:
@@ -423,6 +429,10 @@ def _fused(name: str, model: nn.Module) -> nn.Module:
     except InvalidInputError as error:
         warnings.warn(f"the {name} plays unfused, which takes longer: {error}", stacklevel=3)
         return model
+
+
+def _bits(module: Any) -> int:
+    return int(module.act_bits if isinstance(module, QuantAct) else module.weight_bits)
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:

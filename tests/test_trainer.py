@@ -507,6 +507,21 @@ def test_the_student_keeps_its_layout_but_while_it_plays() -> None:
                 assert shaped and all(value.stride() == weight.stride() for value in shaped)
 
 
+def test_tied_weights_keep_their_layout_and_weights_are_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = toy_teacher()
+    student = adadfq.quantize(teacher, 4, 4)
+    twin = copy.deepcopy(student.conv2)
+    twin.weight = student.conv2.weight
+    student.add_submodule("twin", twin)
+    trainer = adadfq.Trainer(teacher, student, toy_recipe(epochs=2), progress=False)
+    calls = []
+    lay_out = trainer._lay_out
+    monkeypatch.setattr(trainer, "_lay_out", lambda: (calls.append(1), lay_out()))
+    strides = student.conv2.weight.stride()
+    trainer.fit()
+    assert student.conv2.weight.stride() == strides and len(calls) == 1
+
+
 @pytest.mark.parametrize("after_fit", [False, True])
 def test_updates_are_those_of_plain_optimizers(after_fit: bool) -> None:
     """Fused optimizers walk weights, gradients and state by address: a layout that differs would scramble them."""
