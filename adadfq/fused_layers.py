@@ -78,7 +78,7 @@ def fold_batch_norms(norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     Args:
         norms: BatchNorm modules with running statistics, weight and bias.
     """
-    scales, shifts = [torch.empty(0)] * len(norms), [torch.empty(0)] * len(norms)
+    maps: dict[int, tuple[Tensor, Tensor]] = {}
     for members in _groups([norm.weight for norm in norms]):
         group = [norms[i] for i in members]
         dtype = compute_dtype(group[0].weight.dtype)
@@ -87,9 +87,8 @@ def fold_batch_norms(norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         inv_std = torch.cat(variances).to(dtype).rsqrt_()
         sizes = [norm.num_features for norm in group]
         folded = _Fold.apply(sizes, mean, inv_std, *(n.weight for n in group), *(n.bias for n in group))
-        for i, scale, shift in zip(members, folded[: len(group)], folded[len(group) :], strict=True):
-            scales[i], shifts[i] = scale, shift
-    return scales, shifts
+        maps.update(zip(members, zip(folded[: len(group)], folded[len(group) :], strict=True), strict=True))
+    return [maps[i][0] for i in range(len(norms))], [maps[i][1] for i in range(len(norms))]
 
 
 def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -312,3 +312,19 @@ def test_upsampled_convolutions_are_upsampling_and_convolution(memory_format: to
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert list(conv.state_dict()) == ["weight", "bias"] and conv.weight.shape == (7, 5, 3, 3)
+
+
+def test_the_last_backward_of_a_step_lets_go_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the teacher and the generator, whose layers hold most of the memory, only one pass goes: the last."""
+    _, _, _, game = _players(torch.float32)
+    kept: list[tuple[bool, bool]] = []
+    grad = torch.autograd.grad
+
+    def recorded(loss: Tensor, parameters: list[nn.Parameter], **options: bool) -> tuple[Tensor, ...]:
+        kept.append((parameters is game.generator_parameters, options["retain_graph"]))
+        return grad(loss, parameters, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", recorded)
+    for train_student in (True, False):
+        game.step(torch.randn(8, 16), torch.arange(8), train_student)
+    assert kept == [(False, True), (True, False), (True, False)]
