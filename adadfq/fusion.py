@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from adadfq.convert import is_inplace, is_relu, module_bits, trace
 from adadfq.errors import InvalidInputError
 from adadfq.nn import QuantAct, QuantConv2d, QuantLinear
 
-__all__ = ["fuse", "is_fused", "unfuse"]
+__all__ = ["fuse", "is_fused", "unfuse", "with_features"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
@@ -54,6 +55,45 @@ def fuse(model: nn.Module) -> fx.GraphModule:
         raise InvalidInputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if is_fused(model):
         raise InvalidInputError("model is already fused")
+    return _rewritten(model, _StudentFuser if module_bits(model) else _TeacherFuser)
+
+
+def with_features(
+    teacher: nn.Module, student: nn.Module, fuse: bool = True
+) -> tuple[fx.GraphModule, fx.GraphModule, list[str]]:
+    """Both networks returning ``(logits, features)``: the outputs of their blocks beside the logits, for matching.
+
+    A block ends where a residual is added, after its activation, and at BatchNorms without activation (the linear
+    bottlenecks of MobileNetV2). A network without such places gives the outputs of all its BatchNorms' activations.
+    Of the student they are the quantised ones. See :func:`fuse` for what the results share with the models.
+
+    Args:
+        teacher: float network.
+        student: its quantised copy.
+        fuse: in few passes over memory too.
+
+    Returns:
+        The teacher, the student, and the names of the BatchNorm layers that the features follow, in their order.
+
+    Raises:
+        InvalidInputError: as :func:`fuse`, or the two networks have no such place in common.
+    """
+    tails = {}
+    for network in (teacher, student):
+        tapper = _Tapper(network, _traced(network))
+        tapper.rewrite()
+        tails[network] = tapper
+    names = [name for name in tails[teacher].block_ends() if name in tails[student].results]
+    if not names:
+        raise InvalidInputError(
+            f"{type(teacher).__name__} has no BatchNorm followed by something that its student has too: there is no "
+            "block output to match; set feature_weight=0"
+        )
+    kinds = (_TeacherFuser, _StudentFuser) if fuse else (_Tapper, _Tapper)
+    return _rewritten(teacher, kinds[0], names), _rewritten(student, kinds[1], names), names
+
+
+def _traced(model: nn.Module) -> fx.Graph:
     modes = {module: module.training for module in model.modules()}
     try:
         graph = trace(model.eval())
@@ -64,8 +104,11 @@ def fuse(model: nn.Module) -> fx.GraphModule:
         for module, training in modes.items():
             module.training = training
     _refuse_hooks(model, graph)
-    fuser = _StudentFuser if module_bits(model) else _TeacherFuser
-    fused = fuser(model, graph).run()
+    return graph
+
+
+def _rewritten(model: nn.Module, fuser: type[_Fuser], features: Sequence[str] = ()) -> fx.GraphModule:
+    fused = fuser(model, _traced(model)).run(features)
     type(fused).__reduce__ = _refuse_to_be_saved  # every graph module has a class of its own
     fused.meta = {**getattr(model, "meta", {}), _ORIGINAL: model}
     fused.training = model.training
@@ -110,10 +153,16 @@ class _Fuser(ABC):
         self.model, self.graph = model, graph
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.attributes: dict[str, fx.Node] = {}
+        #: What follows a BatchNorm, by its name: the node that gives the result, of its last call.
+        self.results: dict[str, fx.Node] = {}
         self.first = next(node for node in graph.nodes if node.op != "placeholder")
 
-    def run(self) -> fx.GraphModule:
+    def run(self, features: Sequence[str] = ()) -> fx.GraphModule:
+        """The rewritten network; with `features`, it returns (logits, what follows these BatchNorms)."""
         self.rewrite()
+        if features:
+            output = next(node for node in self.graph.nodes if node.op == "output")
+            output.args = ((output.args[0], [self.results[name] for name in features]),)
         self.graph.lint()
         targets = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
         root = {target: self.modules.get(target) or operator.attrgetter(target)(self.model) for target in targets}
@@ -166,7 +215,7 @@ class _Fuser(ABC):
                 node = self.graph.call_function(operator.getitem, (node, index))
         return node
 
-    def replace(self, nodes: list[fx.Node], function: Any, *args: Any) -> None:
+    def replace(self, nodes: list[fx.Node], function: Any, *args: Any) -> fx.Node:
         """Put a call of `function` in place of `nodes`, each of which but the last only the next one reads."""
         with self.graph.inserting_before(nodes[-1]):
             new = self.graph.call_function(function, args)
@@ -175,6 +224,7 @@ class _Fuser(ABC):
             if node is self.first:
                 self.first = node.next
             self.graph.erase_node(node)
+        return new
 
     def gives_logits(self, node: fx.Node) -> bool:
         """Whether the network returns what `node` gives, perhaps in another shape."""
@@ -253,7 +303,7 @@ class _StudentFuser(_Fuser):
             tail, residual, act, quantizer = self.tail(node)
             path = str(node.target)
             args = (node.args[0], self.attribute(path), *maps[path], residual, act, quantizer)
-            self.replace(tail, fused_layers.batch_norm_act_quantize, *args)
+            self.results[path] = self.replace(tail, fused_layers.batch_norm_act_quantize, *args)
 
     def _layers(self, nodes: list[fx.Node]) -> None:
         calls = [node for node in nodes if self.called(node, QuantConv2d, QuantLinear) is not None]
@@ -284,12 +334,39 @@ class _TeacherFuser(_Fuser):
             tail, residual, act, _ = self.tail(node)
             path = str(node.target)
             args = (node.args[0], self.attribute(path), self.attribute(_WATCH), maps.get(path), residual, act)
-            self.replace(tail, fused_layers.watched_batch_norm, *args)
+            self.results[path] = self.replace(tail, fused_layers.watched_batch_norm, *args)
         for node in nodes:
             if self.called(node, nn.Conv2d) is not None:
                 self.replace([node], fused_layers.frozen_convolution, node.args[0], self.attribute(str(node.target)))
             elif self.called(node, nn.Linear) is not None and self.gives_logits(node):
                 self.replace([node], fused_layers.float32_linear, node.args[0], self.attribute(str(node.target)))
+
+
+class _Tapper(_Fuser):
+    """Changes nothing, and finds where blocks end."""
+
+    def rewrite(self) -> None:
+        self._linear: list[str] = []
+        self._added: list[str] = []
+        residuals = []
+        for node in self.graph.nodes:
+            if not self.norm(node):
+                continue
+            tail, residual, act, _ = self.tail(node)
+            path = str(node.target)
+            self.results[path] = tail[-1]
+            if residual is not None:
+                self._added.append(path)
+                residuals.append(residual)
+            elif act == "none":
+                self._linear.append(path)
+        # The BatchNorm of a shortcut ends no block.
+        self._linear = [path for path in self._linear if self.results[path] not in residuals]
+
+    def block_ends(self) -> list[str]:
+        """BatchNorms after which blocks end, in the order of the graph."""
+        ends = {*self._added, *self._linear} or set(self.results)
+        return [path for path in self.results if path in ends]
 
 
 def _share_tensors(source: nn.Module, container: nn.Module) -> None:

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from adadfq import functional
+from adadfq.bank import ImageBank
 from adadfq.errors import InvalidInputError
+from adadfq.extra_losses import cross_entropy, feature_loss, soft_targets
 from adadfq.fused_layers import BatchNormWatch
+from adadfq.nn import step_sizes
 from adadfq.recipe import Recipe
+from adadfq.transforms import Transform
 
-__all__ = ["METRICS", "BatchNormMatch", "Game"]
+__all__ = ["METRICS", "BatchNormMatch", "Game", "draw_noise"]
 
 #: Metrics of a step, in the order of :meth:`Game.step`'s result.
 METRICS = (
@@ -29,10 +33,16 @@ METRICS = (
     "loss_as",
     "loss_bns",
     "loss_student",
+    "loss_features",
     "h_prime",
     "agreement",
     "teacher_accuracy",
 )
+
+#: Those that a replay has.
+REPLAY_METRICS = ("loss_student", "loss_features", "agreement")
+#: Step sizes are kept at least as large.
+SMALLEST_STEP = 1e-8
 
 
 class BatchNormMatch:
@@ -97,12 +107,15 @@ class Game:
 
     Args:
         teacher: frozen network in eval mode (no parameter requires a gradient), fused (:func:`adadfq.fuse`) or not.
+            With ``feature_weight`` above 0 in the recipe, teacher and student return (logits, features):
+            :func:`adadfq.fusion.with_features`.
         student: quantised network in eval mode, fused or not; its parameters require gradients.
         generator: in train mode; ``forward(noise, labels)`` gives images.
         recipe: weights and bounds of the losses, and the precision: with "bfloat16" the networks run under autocast;
             parameters, statistics, ranges and losses stay as they are.
         optimizer_generator: over the generator's parameters.
-        optimizer_student: over the student's parameters.
+        optimizer_student: over the student's parameters, learned step sizes excepted.
+        averaged: a copy of the generator, for recipes with ``generator_ema``.
 
     Raises:
         InvalidInputError: the teacher has no BatchNorm.
@@ -116,17 +129,43 @@ class Game:
         recipe: Recipe,
         optimizer_generator: torch.optim.Optimizer,
         optimizer_student: torch.optim.Optimizer,
+        averaged: nn.Module | None = None,
     ) -> None:
-        self.teacher, self.student, self.generator = teacher, student, generator
+        self.teacher, self.student, self.generator, self.averaged = teacher, student, generator, averaged
         self.recipe = recipe
         self.optimizer_generator, self.optimizer_student = optimizer_generator, optimizer_student
         self.bn_match = BatchNormMatch(teacher)
         self.generator_parameters = [p for p in generator.parameters() if p.requires_grad]
         self.student_parameters = [p for p in student.parameters() if p.requires_grad]
-        self.device_type = self.generator_parameters[0].device.type
+        self.step_sizes: list[nn.Parameter] = []
+        self.optimizer_steps: torch.optim.Optimizer | None = None
+        device = self.generator_parameters[0].device
+        self.device_type = device.type
         self.autocast = recipe.precision == "bfloat16"
+        self.transform = Transform(recipe, device)
+        self.bank = ImageBank(recipe.bank_batches) if recipe.replays and recipe.bank_batches else None
+        #: H' of every sample of the last step of both players, [B]; overwritten by the next.
+        self.h_prime = torch.zeros(recipe.batch_size, device=device)
 
-    def step(self, noise: Tensor, labels: Tensor, train_student: bool) -> Tensor:
+    def learn_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train the student's learned step sizes too (:func:`adadfq.nn.step_sizes`), with an optimizer over them."""
+        self.step_sizes = step_sizes(self.student)
+        self.student_parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer_steps = optimizer
+
+    def images(
+        self, noise: Tensor, labels: Tensor, random: torch.Generator | None, generator: nn.Module | None = None
+    ) -> Tensor:
+        """What the networks are shown: `generator`'s images (the game's own by default), low-passed, cropped, flipped.
+
+        Arguments as :meth:`step`; returns [B, C, H, W], channels_last.
+        """
+        images = (self.generator if generator is None else generator)(noise, labels)
+        if not self.transform.is_identity:
+            images = self.transform(images, random)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def step(self, noise: Tensor, labels: Tensor, train_student: bool, random: torch.Generator | None = None) -> Tensor:
         """Play one step: update the generator and, if `train_student`, the student.
 
         Both gradients are taken at the parameters before the step.
@@ -135,33 +174,25 @@ class Game:
             noise: [B, latent_dim].
             labels: int64 [B], the classes to generate.
             train_student: False while only the generator trains.
+            random: what crops and flips are drawn from, on the images' device; needed where the recipe asks for them.
 
         Returns:
             The metrics named by :data:`METRICS`, float32 [len(METRICS)], on the device.
         """
         recipe = self.recipe
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
-            images = self.generator(noise, labels).contiguous(memory_format=torch.channels_last)
+            images = self.images(noise, labels, random)
             with self.bn_match.watching():
-                teacher_logits = self.teacher(images)
+                teacher_logits, teacher_features = self._outputs(self.teacher, images)
             # No gradient path into the student's weights while they do not train.
             with _requires_grad(self.student_parameters, train_student):
-                student_logits = self.student(images)
+                student_logits, student_features = self._outputs(self.student, images)
         loss_bns = self.bn_match.loss()
-
-        logits_loss = functional.margin_loss(
-            teacher_logits,
-            student_logits,
-            labels,
-            recipe.lambda_l,
-            recipe.lambda_u,
-            recipe.alpha_ds,
-            recipe.alpha_as,
-            recipe.beta,
-            recipe.detach_min,
-        )
+        logits_loss = self._logits_loss(teacher_logits, student_logits, labels)
         loss_generator = logits_loss.total + recipe.gamma * loss_bns
-        loss_student = functional.entropy_distillation(teacher_logits.detach(), student_logits, recipe.temperature)
+        loss_student, loss_features = self._student_loss(
+            teacher_logits, teacher_features, student_logits, student_features
+        )
 
         # Asking for one player's parameters alone keeps autograd from computing the other's weight gradients. The
         # generator's come last: from then on every layer's memory is free as soon as its gradient is through.
@@ -169,10 +200,14 @@ class Game:
             _set_gradients(self.student_parameters, loss_student, keep_graph=True)
         _set_gradients(self.generator_parameters, loss_generator, keep_graph=False)
         if train_student:
-            self.optimizer_student.step()
+            self._update_student()
+            if self.bank is not None:
+                self.bank.store(images, teacher_logits, teacher_features)
         self.optimizer_generator.step()
+        self._follow_generator()
 
         with torch.no_grad():
+            self.h_prime.copy_(logits_loss.h_prime)
             teacher_class = teacher_logits.argmax(1)
             return torch.stack(
                 [
@@ -182,11 +217,95 @@ class Game:
                     logits_loss.agreement,
                     loss_bns.detach(),
                     loss_student.detach(),
+                    loss_features.detach(),
                     logits_loss.h_prime.mean(),
                     (teacher_class == student_logits.argmax(1)).float().mean(),
                     (teacher_class == labels).float().mean(),
                 ]
             ).float()
+
+    def replay(self, random: torch.Generator) -> Tensor:
+        """Update the student alone, on a batch of the bank or, without one, on new images that nothing learns from.
+
+        Args:
+            random: what the batch, or noise, labels, crops and flips are drawn from, on the images' device.
+
+        Returns:
+            The metrics as :meth:`step`, NaN where not in :data:`REPLAY_METRICS`.
+        """
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
+            if self.bank is not None:
+                images, teacher_logits, teacher_features = self.bank.draw(random)
+            else:
+                images, teacher_logits, teacher_features = self._new_batch(random)
+            student_logits, student_features = self._outputs(self.student, images)
+        loss_student, loss_features = self._student_loss(
+            teacher_logits, teacher_features, student_logits, student_features
+        )
+        _set_gradients(self.student_parameters, loss_student, keep_graph=False)
+        self._update_student()
+        agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
+        nothing = torch.full_like(agreement, torch.nan)
+        found = dict(zip(REPLAY_METRICS, (loss_student, loss_features, agreement), strict=True))
+        return torch.stack([found.get(name, nothing).detach().float() for name in METRICS])
+
+    @torch.no_grad()
+    def _new_batch(self, random: torch.Generator) -> tuple[Tensor, Tensor, list[Tensor]]:
+        noise, labels = draw_noise(self.recipe, random)
+        generator = self.generator if self.averaged is None else self.averaged
+        images = self.images(noise, labels, random, generator)
+        return images, *self._outputs(self.teacher, images)
+
+    def _outputs(self, network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if not self.recipe.feature_weight:
+            return network(images), []
+        logits, features = network(images)
+        return logits, features
+
+    def _logits_loss(self, teacher: Tensor, student: Tensor, labels: Tensor) -> functional.MarginLoss:
+        """L_margin + beta (alpha_ds L_ds + alpha_as L_as), the latter two with soft labels where the recipe asks."""
+        recipe = self.recipe
+        soft = recipe.soft_labels > 0
+        alphas = (0.0, 0.0) if soft else (recipe.alpha_ds, recipe.alpha_as)
+        bounds = (recipe.lambda_l, recipe.lambda_u)
+        loss = functional.margin_loss(teacher, student, labels, *bounds, *alphas, recipe.beta, recipe.detach_min)
+        if not soft:
+            return loss
+        targets = soft_targets(teacher, labels, recipe.soft_labels)
+        ds, as_ = cross_entropy(teacher - student, targets), cross_entropy(teacher + student, targets)
+        total = loss.total + recipe.beta * (recipe.alpha_ds * ds + recipe.alpha_as * as_)
+        return loss._replace(total=total, disagreement=ds.detach(), agreement=as_.detach())
+
+    def _student_loss(
+        self, teacher: Tensor, teacher_features: list[Tensor], student: Tensor, student_features: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """L_Q, and the part of it that matches features."""
+        loss = functional.entropy_distillation(teacher.detach(), student, self.recipe.temperature)
+        if not teacher_features:
+            return loss, torch.zeros_like(loss)
+        matching = self.recipe.feature_weight * feature_loss(teacher_features, student_features)
+        return loss + matching, matching
+
+    def _update_student(self) -> None:
+        self.optimizer_student.step()
+        if self.optimizer_steps is not None:
+            self.optimizer_steps.step()
+            # One that an update carries to 0 or below would quantise everything to 0 or NaN for ever.
+            torch._foreach_clamp_min_([step.data for step in self.step_sizes], SMALLEST_STEP)
+
+    @torch.no_grad()
+    def _follow_generator(self) -> None:
+        if self.averaged is not None:
+            followers = [p.data for p in self.averaged.parameters()]
+            leaders = [p.data for p in self.generator.parameters()]
+            torch._foreach_lerp_(followers, leaders, 1 - self.recipe.generator_ema)
+
+
+def draw_noise(recipe: Recipe, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise [B, latent_dim] and labels int64 [B] for one batch, on the device of `random`."""
+    batch, device = recipe.batch_size, random.device
+    noise = torch.randn(batch, recipe.latent_dim, generator=random, device=device)
+    return noise, torch.randint(recipe.num_classes, (batch,), generator=random, device=device)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv_transpose2d, leaky_relu
+from torch.nn.utils.parametrizations import spectral_norm
 
 from adadfq import checks, functional
 from adadfq.errors import InvalidInputError
@@ -181,6 +182,10 @@ class ConditionalGenerator(_Generator):
 def build_generator(recipe: Recipe) -> nn.Module:
     """The untrained generator that `recipe` names, on the CPU, initialised from torch's global random state."""
     classes = {"label_embedding": LabelEmbeddingGenerator, "conditional_bn": ConditionalGenerator}
-    return classes[recipe.generator](
+    generator = classes[recipe.generator](
         recipe.num_classes, recipe.image_size, recipe.image_channels, latent_dim=recipe.latent_dim
     )
+    if recipe.spectral_norm:
+        for layer in (generator.project, generator.conv2, generator.conv3, generator.to_image):
+            spectral_norm(layer)
+    return generator

@@ -15,6 +15,9 @@ __all__ = ["Recipe"]
 
 GENERATORS = ("label_embedding", "conditional_bn")
 PRECISIONS = ("float32", "bfloat16")
+RANGES = ("minmax", "mse")
+SCHEDULES = ("step", "cosine")
+OPTIMIZERS = ("sgd", "adam")
 
 
 def _setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -61,7 +64,7 @@ class Recipe:
     lr_generator: float = _setting(1e-3, "learning rate of the generator (Adam)")
     adam_betas: tuple[float, ...] = _setting((0.5, 0.999), "Adam's betas")
 
-    lr_student: float = _setting(1e-4, "learning rate of the student (SGD)")
+    lr_student: float = _setting(1e-4, "learning rate of the student")
     momentum: float = _setting(0.9, "momentum of the student's SGD")
     nesterov: bool = _setting(True, "Nesterov momentum")
     weight_decay: float = _setting(1e-4, "weight decay of the student")
@@ -76,6 +79,51 @@ class Recipe:
     lambda_u: float = _setting(0.8, "upper bound of H'")
     temperature: float = _setting(20.0, "temperature of the student's loss [T]")
     detach_min: bool = _setting(False, "treat the batch minimum of H in H' as a constant (the authors' code does not)")
+
+    # What follows is not in the paper; every default leaves its method as it is.
+    weight_range: str = _setting(
+        "minmax",
+        "range of each weight channel; minmax: its own at every step; mse: the one of least squared error, found when "
+        "the student starts to train, and kept",
+        choices=RANGES,
+    )
+    act_range: str = _setting(
+        "minmax",
+        "range of each activation; minmax: moving average of the batch's; mse: the one of least squared error, found "
+        "on generated images when the student starts to train",
+        choices=RANGES,
+    )
+    student_optimizer: str = _setting(
+        "sgd",
+        "of the student's weights; adam: betas 0.9 and 0.999, decoupled weight decay (AdamW), without momentum and "
+        "nesterov",
+        choices=OPTIMIZERS,
+    )
+    learn_steps: bool = _setting(
+        False, "learn the quantisers' step sizes (LSQ); weights then keep a range of their own instead of min/max"
+    )
+    lr_steps: float = _setting(1e-3, "learning rate of the step sizes (Adam)")
+    feature_weight: float = _setting(0.0, "weight of the block-output matching in the student's loss; 0: logits alone")
+    low_pass: float = _setting(0.0, "deviation in pixels of a Gaussian low-pass on generated images; 0: none")
+    crop: int = _setting(0, "generated images are padded by as many pixels and cropped at random; 0: not")
+    flip: bool = _setting(False, "generated images are flipped left to right at random")
+    soft_labels: float = _setting(
+        0.0,
+        "where the teacher gives the label a smaller probability than this, its own probabilities are the target of "
+        "both cross-entropies; 0: never",
+    )
+    replays: int = _setting(0, "steps of the student alone after every step of both players; each counts as a step")
+    bank_batches: int = _setting(
+        64, "replays draw from as many generated batches, kept with the teacher's logits; 0: from new images"
+    )
+    generator_ema: float = _setting(
+        0.0, "decay of an average of the generator's weights, from which replays without a bank draw; 0: no average"
+    )
+    spectral_norm: bool = _setting(False, "spectral normalisation of the generator's layers")
+    lr_schedule: str = _setting(
+        "step", "of all learning rates; step: lr_milestones and lr_decay; cosine: to 0 at the end", choices=SCHEDULES
+    )
+    lr_warmup_steps: int = _setting(0, "steps over which the student's learning rates rise from 0 when it starts")
 
     by_weight_bits: Mapping[int, Mapping[str, Any]] = field(
         default_factory=dict,
@@ -103,19 +151,31 @@ class Recipe:
     def _check(self) -> None:
         for name in ("num_classes", "image_channels", "epochs", "steps_per_epoch", "batch_size", "latent_dim"):
             checks.check_number(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "lr_generator", "lr_student", "weight_decay", "lr_decay", "gamma"):
+        for name in ("warmup_epochs", "lr_generator", "lr_student", "weight_decay", "lr_decay", "gamma", "lr_steps"):
+            checks.check_number(name, getattr(self, name), 0)
+        for name in ("feature_weight", "low_pass", "crop", "replays", "bank_batches", "lr_warmup_steps"):
             checks.check_number(name, getattr(self, name), 0)
         for name in ("alpha_ds", "alpha_as", "beta"):
             checks.check_number(name, getattr(self, name))
+        checks.check_number("soft_labels", self.soft_labels, 0, 1)
         checks.check_number("calibration_epochs", self.calibration_epochs, 1)
         checks.check_number("lambda_u", self.lambda_u, 0, 1)
         checks.check_number("lambda_l", self.lambda_l, 0, self.lambda_u)
         if self.image_size < 4 or self.image_size % 4:
             raise InvalidInputError(f"image_size must be a positive multiple of 4, got {self.image_size}")
-        if self.generator not in GENERATORS:
-            raise InvalidInputError(f"generator must be one of {', '.join(GENERATORS)}, got {self.generator!r}")
-        if self.precision not in PRECISIONS:
-            raise InvalidInputError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for field_ in fields(self):
+            choices, value = field_.metadata.get("choices"), getattr(self, field_.name)
+            if choices and value not in choices:
+                raise InvalidInputError(f"{field_.name} must be one of {', '.join(choices)}, got {value!r}")
+        if not 0 <= self.generator_ema < 1:
+            raise InvalidInputError(f"generator_ema must be at least 0 and below 1, got {self.generator_ema!r}")
+        if self.generator_ema and (not self.replays or self.bank_batches):
+            raise InvalidInputError(
+                "generator_ema is for replays without a bank: set replays of at least 1 and bank_batches=0, or "
+                "generator_ema=0"
+            )
+        if self.crop >= self.image_size:
+            raise InvalidInputError(f"crop must be below image_size={self.image_size}, got {self.crop}")
         if self.temperature <= 0:
             raise InvalidInputError(f"temperature must be positive, got {self.temperature!r}")
         if not 0 <= self.momentum < 1 or (self.nesterov and self.momentum == 0):

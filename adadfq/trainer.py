@@ -18,22 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adadfq import files
+from adadfq import files, optimizers
 from adadfq.capture import CapturedStep
 from adadfq.checkpoint import fitted, load_weights, read_state_dict, write_state_dict
 from adadfq.convert import QUANTIZING, module_bits, quantized_info
 from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
 from adadfq.fusion import fuse as fuse_network
-from adadfq.fusion import is_fused
-from adadfq.game import METRICS, Game
+from adadfq.fusion import is_fused, with_features
+from adadfq.game import METRICS, REPLAY_METRICS, Game, draw_noise
 from adadfq.generator import build_generator
 from adadfq.metrics import MetricBuffer, MetricLog, Progress
-from adadfq.nn import QuantAct, QuantConv2d, frozen_ranges, set_calibrating
+from adadfq.nn import QuantAct, QuantConv2d, frozen_ranges, set_calibrating, step_sizes
 from adadfq.players import check_generator, check_network, check_players
+from adadfq.ranges import fix_weight_steps, shrink_act_ranges
 from adadfq.recipe import Recipe
 from adadfq.result import CHECKPOINT, RESULT, Result, save_result
+from adadfq.schedule import generator_factor, student_factor
 
-__all__ = ["Trainer"]
+__all__ = ["H_PRIME_QUANTILES", "Trainer"]
+
+#: Of an epoch's H' that :attr:`Trainer.epoch_h_prime` keeps.
+H_PRIME_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+#: Generated batches on which activation ranges of least error are found.
+RANGE_BATCHES = 8
 
 
 class Trainer:
@@ -124,10 +131,16 @@ class Trainer:
                     module.training = training
             raise
         self.random = torch.Generator(self.device).manual_seed(seed)
-        self._make_optimizers()
-        teacher_playing, student_playing = self.teacher, self.student
-        if fuse:
+        self.optimizer_generator = optimizers.for_generator(self.generator, self.recipe)
+        self.optimizer_student = optimizers.for_student(self.student, self.recipe)
+        #: Of the learned step sizes, from when there are any.
+        self.optimizer_steps: torch.optim.Optimizer | None = None
+        if self.recipe.feature_weight:
+            teacher_playing, student_playing, _ = with_features(self.teacher, self.student, fuse)
+        elif fuse:
             teacher_playing, student_playing = _fused("teacher", self.teacher), _fused("student", self.student)
+        else:
+            teacher_playing, student_playing = self.teacher, self.student
         self.game = Game(
             teacher_playing,
             student_playing,
@@ -135,9 +148,10 @@ class Trainer:
             self.recipe,
             self.optimizer_generator,
             self.optimizer_student,
+            copy.deepcopy(self.generator).requires_grad_(False) if self.recipe.generator_ema else None,
         )
-        # The step of the present phase, and what tells phases apart.
-        self._captured: tuple[Any, CapturedStep] | None = None
+        #: The steps of the present phase by kind, and what tells phases apart.
+        self._captured: dict[str, tuple[Any, CapturedStep]] = {}
         #: What a recorded step has settled; looked up at every step, so found once.
         self._quantizers = [module for module in self.student.modules() if isinstance(module, QUANTIZING)]
         #: The strides that weights came with, while they have others.
@@ -145,27 +159,13 @@ class Trainer:
         self.epoch, self.step = 0, 0
         self._directory: Path | None = None
         self._used = False
-        # Metrics of the epoch in progress, for its mean.
+        #: Quantiles of H' over all samples of an epoch, at :data:`H_PRIME_QUANTILES`; one tuple an epoch.
+        self.epoch_h_prime: list[tuple[float, ...]] = []
+        # Metrics of the epoch in progress, for its mean, and H' [B] of its steps.
         self._rows: list[dict[str, float]] = []
-
-    def _make_optimizers(self) -> None:
-        """Fused optimizers with their learning rates on the device: nothing in a step is read back."""
-        recipe = self.recipe
-        self.optimizer_generator = torch.optim.Adam(
-            [p for p in self.generator.parameters() if p.requires_grad],
-            lr=torch.tensor(recipe.lr_generator, device=self.device),
-            betas=(recipe.adam_betas[0], recipe.adam_betas[1]),
-            fused=True,
-            capturable=self.device.type == "cuda",
-        )
-        self.optimizer_student = torch.optim.SGD(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=torch.tensor(recipe.lr_student, device=self.device),
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
-            fused=True,
-        )
+        self._h_prime: list[Tensor] = []
+        #: Learning rates as the optimizers have them.
+        self._rates: dict[torch.optim.Optimizer, float] = {}
 
     def play(self, train_student: bool = True) -> Tensor:
         """Play one step on noise and labels drawn from the trainer's random state; see :meth:`adadfq.game.Game.step`.
@@ -173,19 +173,28 @@ class Trainer:
         Counts no step and changes no phase: :meth:`fit` does, and calls this. From the first call to the end of
         :meth:`fit`, weights of convolutions are channels_last. The result is overwritten by the next call.
         """
+        return self._play("step", partial(self._draw_and_step, train_student), train_student)
+
+    def replay(self) -> Tensor:
+        """Play one step of the student alone, as :meth:`play`; see :meth:`adadfq.game.Game.replay`.
+
+        With a bank, after a step in which the student trained.
+        """
+        return self._play("replay", partial(self.game.replay, self.random), True)
+
+    def _play(self, kind: str, step: Callable[[], Tensor], train_student: bool) -> Tensor:
         if self._strides is None:
             self._lay_out()
         if not self.capture:
-            return self._draw_and_step(train_student)
+            return step()
         phase = (
             train_student,
             *((_bits(module), getattr(module, "_calibrating", None)) for module in self._quantizers),
         )
-        if self._captured is None or self._captured[0] != phase:
-            self._captured = None  # its memory first
-            step = partial(self._draw_and_step, train_student)
-            self._captured = (phase, CapturedStep(step, self.device, self.random))
-        return self._captured[1]()
+        if kind not in self._captured or self._captured[kind][0] != phase:
+            self._captured.pop(kind, None)  # its memory first
+            self._captured[kind] = (phase, CapturedStep(step, self.device, self.random))
+        return self._captured[kind][1]()
 
     def _lay_out(self) -> None:
         """Make the weights of plain convolutions channels_last."""
@@ -199,7 +208,7 @@ class Trainer:
 
     def _restore_layouts(self) -> None:
         """Give the weights the strides they came with."""
-        self._captured = None
+        self._captured = {}
         for weight, strides in (self._strides or {}).items():
             weight.data = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(
                 weight.data
@@ -210,17 +219,41 @@ class Trainer:
 
     def _lay_out_optimizers(self) -> None:
         """Fused optimizers walk a weight and its state by address: they must be laid out alike."""
-        for optimizer in (self.optimizer_generator, self.optimizer_student):
+        for optimizer in (self.optimizer_generator, self.optimizer_student, self.optimizer_steps):
+            if optimizer is None:
+                continue
             for weight, state in optimizer.state.items():
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor) and value.shape == weight.shape:
                         state[name] = torch.empty_like(weight).copy_(value)
 
     def _draw_and_step(self, train_student: bool) -> Tensor:
+        noise, labels = draw_noise(self.recipe, self.random)
+        return self.game.step(noise, labels, train_student, self.random)
+
+    def _begin_student(self) -> None:
+        """What happens to the student's quantisers when its training starts and its ranges stand still."""
         recipe = self.recipe
-        noise = torch.randn(recipe.batch_size, recipe.latent_dim, generator=self.random, device=self.device)
-        labels = torch.randint(recipe.num_classes, (recipe.batch_size,), generator=self.random, device=self.device)
-        return self.game.step(noise, labels, train_student)
+        if recipe.act_range == "mse":
+            shrink_act_ranges(self.student, self._some_images())
+        if recipe.learn_steps or recipe.weight_range == "mse":
+            fix_weight_steps(self.student, recipe.weight_range, next(self._some_images()))
+        if recipe.learn_steps:
+            self._learn_steps()
+
+    def _learn_steps(self) -> None:
+        for name, module in self.student.named_modules():
+            if isinstance(module, QUANTIZING) and name not in self._unreached:
+                module.learn_step()
+        self.optimizer_steps = optimizers.for_step_sizes(step_sizes(self.student), self.recipe)
+        self.game.learn_steps(self.optimizer_steps)
+        self._captured = {}
+
+    def _some_images(self) -> Iterator[Tensor]:
+        """Batches of generated images to look at, as the networks are shown them."""
+        with torch.no_grad():
+            for _ in range(RANGE_BATCHES):
+                yield self.game.images(*draw_noise(self.recipe, self.random), self.random)
 
     def fit(self, out: str | os.PathLike[str] | None = None, resume: bool = False) -> Result:
         """Train for the recipe's epochs.
@@ -253,7 +286,7 @@ class Trainer:
             files.new_directory(directory)
             write_state_dict(directory / "teacher.safetensors", self.teacher.state_dict())
         self._directory, self._used = directory, True
-        self._captured = None
+        self._captured = {}
 
         recipe = self.recipe
         buffer = MetricBuffer(METRICS, recipe.steps_per_epoch, self.device)
@@ -268,7 +301,7 @@ class Trainer:
                     self._check_finite(rows)
                     self._rows += rows
                     if self._rows:
-                        means = {name: sum(r[name] for r in self._rows) / len(self._rows) for name in METRICS}
+                        means = _means(self._rows)
                     if self.step < (self.epoch + 1) * recipe.steps_per_epoch:
                         break
                     self._end_epoch(progress, means)
@@ -298,17 +331,32 @@ class Trainer:
     ) -> list[dict[str, float]]:
         """Play to the end of the present epoch, or to an interrupt; returns the metrics of the steps played."""
         recipe = self.recipe
-        self._set_learning_rates()
         if self.epoch < recipe.calibration_epochs:
             set_calibrating(self.student, True)
         else:
             self._freeze()
-        train_student = self.epoch >= recipe.warmup_epochs
+        first = self.step
+        if first == max(recipe.warmup_epochs, recipe.calibration_epochs) * recipe.steps_per_epoch:
+            self._begin_student()
         while self.step < (self.epoch + 1) * recipe.steps_per_epoch and not interrupted():
-            buffer.add(self.play(train_student))
+            self._set_learning_rates()
+            if self._is_replay(self.step):
+                buffer.add(self.replay())
+            else:
+                buffer.add(self.play(self.epoch >= recipe.warmup_epochs))
+                self._h_prime.append(self.game.h_prime.clone())
             self.step += 1
             progress.step()
-        return buffer.drain()
+        rows = buffer.drain()
+        for step, row in enumerate(rows, first):
+            if self._is_replay(step):
+                for name in set(METRICS) - set(REPLAY_METRICS):
+                    del row[name]
+        return rows
+
+    def _is_replay(self, step: int) -> bool:
+        trained = step - self.recipe.warmup_epochs * self.recipe.steps_per_epoch
+        return trained >= 0 and trained % (self.recipe.replays + 1) != 0
 
     def _end_epoch(self, progress: Progress, means: dict[str, float]) -> None:
         recipe = self.recipe
@@ -316,6 +364,8 @@ class Trainer:
         progress.epoch(self.epoch, phase, means)
         self.epoch += 1
         self._rows = []
+        self.epoch_h_prime.append(_quantiles(self._h_prime))
+        self._h_prime = []
         if self.epoch == recipe.calibration_epochs:
             self._freeze()
         if self.on_epoch_end is not None:
@@ -324,7 +374,7 @@ class Trainer:
                 self.on_epoch_end(self.epoch - 1, self)
             self.student.eval()
             self.generator.train()
-            self._captured = None  # it may have put other tensors in place
+            self._captured = {}  # it may have put other tensors in place
         if self._directory is not None and self.epoch < recipe.epochs:
             self._save_checkpoint(self._directory / CHECKPOINT)
 
@@ -333,20 +383,23 @@ class Trainer:
         set_calibrating(self.student, False, without_range=self._unreached)
 
     def _set_learning_rates(self) -> None:
-        """Step decay: both base rates times ``lr_decay`` for every milestone reached by the present epoch."""
+        """Those of the next step; written only where they change."""
         recipe = self.recipe
-        factor = recipe.lr_decay ** sum(self.epoch >= milestone for milestone in recipe.lr_milestones)
-        for optimizer, base in (
-            (self.optimizer_generator, recipe.lr_generator),
-            (self.optimizer_student, recipe.lr_student),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"].fill_(base * factor)
+        factors = generator_factor(recipe, self.step), student_factor(recipe, self.step)
+        rates = [(self.optimizer_generator, recipe.lr_generator * factors[0])]
+        rates.append((self.optimizer_student, recipe.lr_student * factors[1]))
+        if self.optimizer_steps is not None:
+            rates.append((self.optimizer_steps, recipe.lr_steps * factors[1]))
+        for optimizer, rate in rates:
+            if self._rates.get(optimizer) != rate:
+                self._rates[optimizer] = rate
+                for group in optimizer.param_groups:
+                    group["lr"].fill_(rate)
 
     def _check_finite(self, rows: list[dict[str, float]]) -> None:
         for i, row in enumerate(rows):
             for name in ("loss_generator", "loss_student"):
-                if not math.isfinite(row[name]):
+                if not math.isfinite(row.get(name, 0.0)):
                     step = self.step - len(rows) + i
                     raise AdadfqError(
                         f"{name} is {row[name]} at step {step} (epoch {self.epoch + 1}): training diverged; lower "
@@ -369,6 +422,10 @@ class Trainer:
             "generator": self.generator.state_dict(),
             "optimizer_student": self.optimizer_student.state_dict(),
             "optimizer_generator": self.optimizer_generator.state_dict(),
+            "optimizer_steps": None if self.optimizer_steps is None else self.optimizer_steps.state_dict(),
+            "averaged": None if self.game.averaged is None else self.game.averaged.state_dict(),
+            "bank": None if self.game.bank is None else self.game.bank.state(),
+            "h_prime": {"epochs": self.epoch_h_prime, "epoch": self._h_prime},
             "random": self.random.get_state(),
         }
 
@@ -414,11 +471,20 @@ class Trainer:
             fitted(model, state[name], f"{path} ({name})")
         for name, model in players.items():
             load_weights(model, state[name], f"{path} ({name})")
-        self.optimizer_student.load_state_dict(state["optimizer_student"])
-        self.optimizer_generator.load_state_dict(state["optimizer_generator"])
-        for optimizer in (self.optimizer_student, self.optimizer_generator):
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].to(self.device)
+        if state["optimizer_steps"] is not None:
+            self._learn_steps()
+        for name in ("optimizer_student", "optimizer_generator", "optimizer_steps"):
+            optimizer = getattr(self, name)
+            if optimizer is not None:
+                optimizer.load_state_dict(state[name])
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"].to(self.device)
+        if self.game.averaged is not None:
+            self.game.averaged.load_state_dict(state["averaged"])
+        if self.game.bank is not None:
+            self.game.bank.load_state(state["bank"], self.device)
+        self.epoch_h_prime = [tuple(quantiles) for quantiles in state["h_prime"]["epochs"]]
+        self._h_prime = [values.to(self.device) for values in state["h_prime"]["epoch"]]
         self.random.set_state(state["random"])
         self.epoch, self.step, self._rows = state["epoch"], state["step"], state["rows"]
 
@@ -429,6 +495,18 @@ def _fused(name: str, model: nn.Module) -> nn.Module:
     except InvalidInputError as error:
         warnings.warn(f"the {name} plays unfused, which takes longer: {error}", stacklevel=3)
         return model
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the rows that have it."""
+    found = {name: [row[name] for row in rows if name in row] for name in METRICS}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def _quantiles(h_prime: list[Tensor]) -> tuple[float, ...]:
+    values = torch.cat(h_prime).double()
+    wanted = torch.tensor(H_PRIME_QUANTILES, dtype=values.dtype, device=values.device)
+    return tuple(torch.quantile(values, wanted).tolist())
 
 
 def _bits(module: Any) -> int:

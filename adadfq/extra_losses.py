@@ -1,0 +1,50 @@
+"""Losses beyond the paper's: block outputs, and cross-entropy with soft labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["cross_entropy", "feature_loss", "soft_targets"]
+
+
+def feature_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """Mean over block outputs of their squared error relative to the teacher's mean square.
+
+    Args:
+        teacher: block outputs, any shapes; get no gradient.
+        student: the student's, of the same shapes.
+
+    Returns:
+        A float32 scalar; 0 where they are equal, 1 where the student's are 0.
+    """
+    terms = []
+    for target, found in zip(teacher, student, strict=True):
+        target = target.detach().float()
+        power = target.square().mean()
+        # A dead block, all zeros, has nothing to be relative to.
+        terms.append(F.mse_loss(found.float(), target) / torch.where(power > 0, power, torch.ones_like(power)))
+    return torch.stack(terms).mean()
+
+
+def soft_targets(teacher_logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """Target probabilities [B, K], without gradient: the label's, or the teacher's own where it gives the label less
+    than `threshold`.
+
+    Args:
+        teacher_logits: [B, K].
+        labels: int64 [B].
+        threshold: probability in 0..1.
+    """
+    probabilities = teacher_logits.detach().float().softmax(1)
+    hard = F.one_hot(labels, probabilities.shape[1]).to(probabilities.dtype)
+    difficult = probabilities.gather(1, labels[:, None]) < threshold
+    return torch.where(difficult, probabilities, hard)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of softmax(logits) with target probabilities, both [B, K]."""
+    return F.cross_entropy(logits.float(), targets)
