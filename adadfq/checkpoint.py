@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adadfq.errors import CheckpointError, InvalidInputError
 from adadfq.files import atomic_write
+from adadfq.weight_step import WeightStep
 
 SAFETENSORS_SUFFIXES = (".safetensors",)
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".bin", ".ckpt")
@@ -181,8 +182,9 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 def fitted(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     """`state_dict` with the keys of `model`, after checking that all of it fits; nothing is changed.
 
-    A missing ``num_batches_tracked`` is allowed: old checkpoints lack it and inference does not use it. Floating
-    tensors of another width pass: ``load_state_dict`` converts them.
+    A missing ``num_batches_tracked`` is allowed: old checkpoints lack it and inference does not use it. Steps of
+    weights fit quantised layers that have none, and are given to them (:mod:`adadfq.weight_step`). Floating tensors of
+    another width pass: ``load_state_dict`` converts them.
 
     Args:
         source: where the weights come from, for the error.
@@ -192,6 +194,9 @@ def fitted(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | os.
     """
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     state_dict = _with_prefix_of(own, state_dict)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, WeightStep):
+            own.update(module.expected_step(state_dict, f"{path}." if path else ""))
     missing = [key for key in own if key not in state_dict and key.rpartition(".")[2] != "num_batches_tracked"]
     unexpected = [key for key in state_dict if key not in own]
     misfit = [

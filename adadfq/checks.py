@@ -91,10 +91,18 @@ def as_constant(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.detach().to(dtype) if values.requires_grad or values.dtype is not dtype else values
 
 
+def is_learned(scale: Any) -> bool:
+    """Whether a quantiser's scale is to get a gradient."""
+    return isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled()
+
+
 def check_quantizer(
     scale: Any, zero_point: Any, axis: int | None, x: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a quantiser of `x`, detached, `dtype` and int32, one element a channel (or one)."""
+    """Scale and zero point of a quantiser of `x`, `dtype` and int32, one element a channel (or one).
+
+    Detached, but for a scale that is to get a gradient (:func:`is_learned`).
+    """
     check_floating("scale", scale)
     if not isinstance(zero_point, Tensor) or zero_point.is_floating_point() or zero_point.dtype == torch.bool:
         got = zero_point.dtype if isinstance(zero_point, Tensor) else type(zero_point).__name__
@@ -109,7 +117,7 @@ def check_quantizer(
             )
         if values.device != device:
             raise InvalidInputError(f"{name} must be on {device} like x, got {values.device}")
-    scale = as_constant(scale, dtype)
+    scale = scale.to(dtype) if is_learned(scale) else as_constant(scale, dtype)
     if zero_point.dtype != torch.int32:
         zero_point = zero_point.to(torch.int32)
     if scale.dim() > 1 or zero_point.dim() > 1:

@@ -192,6 +192,8 @@ def module_bits(model: nn.Module) -> dict[str, int]:
 def set_module_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
     """Set the width of quantising modules by path, as :func:`module_bits` gives them.
 
+    Ranges of activations stay, and those that given or learned steps span (their `set_bits`).
+
     Raises:
         InvalidInputError: a path that is no quantising module, or bits out of range; nothing is changed.
     """
@@ -201,11 +203,7 @@ def set_module_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
             raise InvalidInputError(f"{name!r} is not a quantising module of the model")
         checks.check_bits(f"bits of {name}", value)
     for name, value in bits.items():
-        module = model.get_submodule(name)
-        if isinstance(module, QuantAct):
-            module.set_bits(value)
-        else:
-            module.weight_bits = value
+        model.get_submodule(name).set_bits(value)
 
 
 def quantized_info(model: nn.Module) -> QuantInfo | None:

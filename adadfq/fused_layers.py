@@ -100,12 +100,20 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def quantize_weights(layers: Sequence[QuantConv2d | QuantLinear]) -> list[Tensor]:
-    """The fake-quantised weight of every layer, per output channel, by one call for all of a device and dtype."""
+    """The fake-quantised weight of every layer, per output channel, by one call for all of a device and dtype.
+
+    Layers with steps of their own, fixed or learned, are a call for each of these two kinds.
+    """
     results = [layer.weight for layer in layers]
     for members in _groups(results):
-        weights, widths = [layers[i].weight for i in members], [layers[i].weight_bits for i in members]
+        own = [i for i in members if layers[i].weight_scale is not None]
+        dynamic = [i for i in members if layers[i].weight_scale is None]
+        weights, widths = [layers[i].weight for i in dynamic], [layers[i].weight_bits for i in dynamic]
         x_hats, _, _ = functional.foreach_dynamic_fake_quantize(weights, widths, axis=0)
-        for i, x_hat in zip(members, x_hats, strict=True):
+        weights, widths = [layers[i].weight for i in own], [layers[i].weight_bits for i in own]
+        scales, zero_points = [layers[i].weight_scale for i in own], [layers[i].weight_zero_point for i in own]
+        x_hats += functional.foreach_fake_quantize(weights, scales, zero_points, widths, axis=0)
+        for i, x_hat in zip(dynamic + own, x_hats, strict=True):
             results[i] = x_hat
     return results
 

@@ -2,6 +2,7 @@
 
 Weights are quantised per output channel over their min/max at every forward; activations per tensor over a moving
 average of the batch min/max. State_dict keys of the layers are ``weight`` and ``bias``, so a float checkpoint loads.
+Both may have steps that are given or learned instead (:mod:`adadfq.weight_step`, :meth:`QuantAct.learn_step`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,18 @@ from torch import Tensor, nn
 from adadfq import checks, functional
 from adadfq.errors import InvalidInputError
 from adadfq.ops import reference
+from adadfq.weight_step import WeightStep, keeping_dtype, make_learned, rescaled_step
 
-__all__ = ["QuantAct", "QuantConv2d", "QuantLinear", "QuantWeight", "activations", "frozen_ranges", "set_calibrating"]
+__all__ = [
+    "QuantAct",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantWeight",
+    "activations",
+    "frozen_ranges",
+    "set_calibrating",
+    "step_sizes",
+]
 
 _Layer = TypeVar("_Layer", "QuantConv2d", "QuantLinear")
 
@@ -33,7 +44,7 @@ def _copy_parameters(layer: _Layer, source: nn.Module) -> _Layer:
     return layer.train(source.training)
 
 
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(WeightStep, nn.Conv2d):
     """``nn.Conv2d`` whose weight is quantised per output channel at every forward.
 
     Args:
@@ -45,11 +56,6 @@ class QuantConv2d(nn.Conv2d):
     Raises:
         InvalidInputError: `weight_bits` outside 2..8.
     """
-
-    def __init__(self, *args: Any, weight_bits: int = 8, **kwargs: Any) -> None:
-        checks.check_bits("weight_bits", weight_bits)
-        super().__init__(*args, **kwargs)
-        self.weight_bits = weight_bits
 
     @classmethod
     def from_float(cls, module: nn.Conv2d, weight_bits: int) -> QuantConv2d:
@@ -81,14 +87,10 @@ class QuantConv2d(nn.Conv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, _, _ = functional.dynamic_fake_quantize(self.weight, self.weight_bits, axis=0)
-        return self._conv_forward(input, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+        return self._conv_forward(input, self.quantize_weight(self.weight), self.bias)
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(WeightStep, nn.Linear):
     """``nn.Linear`` whose weight is quantised per output feature at every forward.
 
     Args:
@@ -99,11 +101,6 @@ class QuantLinear(nn.Linear):
     Raises:
         InvalidInputError: `weight_bits` outside 2..8.
     """
-
-    def __init__(self, *args: Any, weight_bits: int = 8, **kwargs: Any) -> None:
-        checks.check_bits("weight_bits", weight_bits)
-        super().__init__(*args, **kwargs)
-        self.weight_bits = weight_bits
 
     @classmethod
     def from_float(cls, module: nn.Linear, weight_bits: int) -> QuantLinear:
@@ -124,14 +121,10 @@ class QuantLinear(nn.Linear):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, _, _ = functional.dynamic_fake_quantize(self.weight, self.weight_bits, axis=0)
-        return nn.functional.linear(input, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+        return nn.functional.linear(input, self.quantize_weight(self.weight), self.bias)
 
 
-class QuantWeight(nn.Module):
+class QuantWeight(WeightStep):
     """Quantises a weight tensor given to it, per output channel (dim 0): for convolutions called as functions.
 
     Raises:
@@ -139,14 +132,10 @@ class QuantWeight(nn.Module):
     """
 
     def __init__(self, weight_bits: int = 8) -> None:
-        super().__init__()
-        self.weight_bits = checks.check_bits("weight_bits", weight_bits)
+        super().__init__(weight_bits=weight_bits)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return functional.dynamic_fake_quantize(weight, self.weight_bits, axis=0)[0]
-
-    def extra_repr(self) -> str:
-        return f"weight_bits={self.weight_bits}"
+        return self.quantize_weight(weight)
 
 
 class QuantAct(nn.Module):
@@ -188,7 +177,13 @@ class QuantAct(nn.Module):
         self._calibrating = True
 
     def set_calibrating(self, enabled: bool) -> QuantAct:
-        """Move the range at every forward, or not. Unlike :meth:`freeze` it asks nothing of the range."""
+        """Move the range at every forward, or not. Unlike :meth:`freeze` it asks nothing of the range.
+
+        Raises:
+            InvalidInputError: `enabled`, and the step is learned, which moving the range would overwrite.
+        """
+        if enabled:
+            self.check_step()
         self._calibrating = bool(enabled)
         self.calibrating.fill_(bool(enabled))
         return self
@@ -202,6 +197,29 @@ class QuantAct(nn.Module):
                 f"QuantAct cannot be frozen over the range {float(self.running_min)}..{float(self.running_max)}: "
                 "the activations held NaN or infinity"
             )
+
+    def check_step(self) -> None:
+        """Refuse a learned step (:class:`InvalidInputError`), as a range that is to move does."""
+        if isinstance(self.scale, nn.Parameter):
+            raise InvalidInputError(
+                "QuantAct cannot calibrate while its step is learned, which would be overwritten: call "
+                "learn_step(False) first"
+            )
+
+    def learn_step(self, enabled: bool = True) -> QuantAct:
+        """Make `scale` a parameter of the same name (LSQ; the zero point stays), or a buffer again, of the same value.
+
+        The parameter is a new one, float32 whatever the model is cast to: make optimizers, and record graphs,
+        afterwards. Nothing keeps it positive. A state_dict loads whichever of the two it is; one of a range that moves
+        makes it a buffer.
+
+        Raises:
+            InvalidInputError: the range moves still; :meth:`freeze` it first.
+        """
+        if enabled and self._calibrating:
+            raise InvalidInputError("QuantAct cannot learn its step while its range moves: call freeze() first")
+        make_learned(self, "scale", bool(enabled))
+        return self
 
     def freeze(self) -> QuantAct:
         """Stop moving the range. Waits for the device once.
@@ -218,21 +236,25 @@ class QuantAct(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Move the range by the min/max of `x`, a non-empty floating tensor."""
+        """Move the range by the min/max of `x`, a non-empty floating tensor; not that of a learned step."""
         self._check_not_empty(x)
+        self.check_step()
         lo, hi = torch.aminmax(x.detach())
         reference.update_range(lo, hi, *self._state(), self.act_bits, self.momentum)
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.running_min, self.running_max, self.num_batches, self.scale, self.zero_point
 
+    @torch.no_grad()
     def set_bits(self, act_bits: int) -> None:
-        """Change the width; the range stays."""
-        self.act_bits = checks.check_bits("act_bits", act_bits)
-        self._update_qparams()
-
-    def _update_qparams(self) -> None:
-        scale, zero_point = functional.qparams(self.running_min, self.running_max, self.act_bits)
+        """Change the width; the range stays: of a learned step that which its codes span."""
+        before, self.act_bits = self.act_bits, checks.check_bits("act_bits", act_bits)
+        if not isinstance(self.scale, nn.Parameter):
+            scale, zero_point = functional.qparams(self.running_min, self.running_max, act_bits)
+        elif act_bits != before:
+            scale, zero_point = rescaled_step(self.scale, self.zero_point, before, act_bits)
+        else:
+            return
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
@@ -244,21 +266,19 @@ class QuantAct(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantAct:
         # Casting a model to half precision must not round its ranges: move them, keep their dtype.
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
+        return super()._apply(keeping_dtype(fn, [*self._buffers.values(), *self._parameters.values()]), recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.calibrating.device.type != "meta":
             self._calibrating = bool(self.calibrating)
+            if self._calibrating:
+                self.learn_step(False)
 
     def extra_repr(self) -> str:
-        return f"act_bits={self.act_bits}, momentum={self.momentum}, calibrating={self._calibrating}"
+        return f"act_bits={self.act_bits}, momentum={self.momentum}, calibrating={self._calibrating}" + (
+            ", step=learned" if isinstance(self.scale, nn.Parameter) else ""
+        )
 
 
 def activations(model: nn.Module) -> dict[str, QuantAct]:
@@ -273,20 +293,35 @@ def set_calibrating(model: nn.Module, enabled: bool, without_range: Collection[s
         without_range: names of those that the forward pass never reaches: freezing asks no range of them.
 
     Raises:
-        InvalidInputError: freezing, and one of them has no range or one that is not finite; it is named and none is
-            changed.
+        InvalidInputError: calibrating, and the step of one of them is learned; or freezing, and one has no range or one
+            that is not finite. It is named and none is changed.
     """
     found = activations(model)
-    if not enabled:
-        for name, module in found.items():
-            if name in without_range:
-                continue
-            try:
+    for name, module in found.items():
+        if name in without_range and not enabled:
+            continue
+        try:
+            if enabled:
+                module.check_step()
+            else:
                 module.check_range()
-            except InvalidInputError as error:
-                raise InvalidInputError(f"{name or 'model'}: {error}") from None
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{name or 'model'}: {error}") from None
     for module in found.values():
         module.set_calibrating(enabled)
+
+
+def step_sizes(model: nn.Module) -> list[nn.Parameter]:
+    """The learned step sizes of `model`, of activations and weights: for a parameter group of their own.
+
+    In the order of its modules; a layer that stands in several places is there once.
+    """
+    tensors = [
+        module.scale if isinstance(module, QuantAct) else module.weight_scale
+        for module in model.modules()
+        if isinstance(module, (QuantAct, WeightStep))
+    ]
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
 @contextmanager

@@ -19,6 +19,9 @@ INEXACT = {
     "margin_loss",
     "entropy_distillation",
     "affine_act_fake_quantize_backward",
+    "affine_act_learned_fake_quantize_backward",
+    "learned_fake_quantize_backward",
+    "foreach_learned_fake_quantize_backward",
 }
 
 
@@ -61,6 +64,16 @@ def arguments(
         "quantize_pack": (x, slope, zero_point, 3, 1),
         "unpack_dequantize": (packed.to(device), slope, zero_point, 3, list(shape), 1, dtype),
         "affine_act_fake_quantize_backward": (grad, x, slope, mean, residual, "relu6", True, True),
+        "learned_fake_quantize_backward": (grad, x, slope, zero_point, 4, 1),
+        "foreach_fake_quantize": ([x, grad], [slope, var], [zero_point, zero_point], [4, 8], 1),
+        "foreach_learned_fake_quantize_backward": (
+            *([grad, x[:1], grad], [x, residual[:1], residual], [slope, var, weight]),
+            *([zero_point] * 3, [4, 2, 8], 1),
+        ),
+        "affine_act_learned_fake_quantize_backward": (
+            *(grad, x, slope, mean, residual, "relu6", step, zero, 4),
+            *(True, True),
+        ),
         "bn_match": (x, mean, var),
         "bn_match_backward": (grad_loss, x, mean.double(), var.double() + 1, mean, var),
         "bn_match_forward": (x, mean, var, weight, mean, 1e-5),
@@ -74,6 +87,10 @@ def arguments(
 
 def _is_tensors(argument: Any) -> bool:
     return isinstance(argument, list) and isinstance(argument[0], Tensor)
+
+
+def _double(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 
 def own(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,7 +121,7 @@ def assert_right(op: str, got: list[Tensor], args: tuple[Any, ...]) -> None:
     """What :func:`call` returned is what the reference returns: bit for bit, or nearly float64's (see INEXACT)."""
     want = call(reference.KERNELS[op], op, args)
     if op in INEXACT:
-        doubled = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        doubled = tuple([_double(t) for t in a] if _is_tensors(a) else _double(a) for a in args)
         exact = call(reference.KERNELS[op], op, doubled)
     else:
         exact = want

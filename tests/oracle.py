@@ -39,6 +39,24 @@ def straight_through(u: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
     return u + (quantize(u.detach(), scale, zero_point, bits) - u.detach())
 
 
+def learned_step_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, what each element gives the gradient of its scale) of LSQ, in float64, by cases.
+
+    Written for k = x / scale between the bounds -zero_point and 2^bits - 1 - zero_point of its whole values.
+    """
+    k, upper = x.double() / scale.double(), 2**bits - 1 - zero_point.double()
+    lower = (upper - (2**bits - 1)).expand(k.shape)
+    upper = upper.expand(k.shape)
+    whole = torch.round(k)
+    grad_x, factor = grad.double().clone(), whole - k
+    for clipped, bound in ((whole < lower, lower), (whole > upper, upper)):
+        grad_x[clipped], factor[clipped] = 0.0, bound[clipped]
+    grad_x[k.isnan()] = 0.0
+    return grad_x, grad.double() * factor
+
+
 def activation(u: Tensor, act: str) -> Tensor:
     """The identity, max(u, 0) or min(max(u, 0), 6), flat at 0 and at 6 themselves; NaN stays."""
     if act == "none":

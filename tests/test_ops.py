@@ -826,6 +826,16 @@ def _op_arguments() -> dict[str, tuple[object, ...]]:
             torch.bfloat16,
         ),
         "affine_act_fake_quantize_backward": (grad, x, scale, mean, grad, "relu6", True, True),
+        "learned_fake_quantize_backward": (grad, x, scale, zero_point, 4, 1),
+        "foreach_fake_quantize": ([x, grad], [scale, scale * 2], [zero_point, zero_point], [4, 2], 1),
+        "foreach_learned_fake_quantize_backward": (
+            *([grad, x], [x, grad], [scale, scale * 2], [zero_point, zero_point], [4, 2]),
+            1,
+        ),
+        "affine_act_learned_fake_quantize_backward": (
+            *(grad, x, scale, mean, grad, "relu6", *act_quantizer, 4),
+            *(True, True),
+        ),
         "bn_match": (x, mean, var),
         "bn_match_backward": (torch.tensor(1.0), x, mean.double(), var.double(), mean, var),
         "bn_match_forward": (x, mean, var, scale, mean, 1e-5),
@@ -885,6 +895,9 @@ def test_opcheck_of_transposed_matrices(backend: str, name: str) -> None:
         ("affine_act_quantize", {3: None}),
         ("affine_act_fake_quantize_backward", {4: None, 6: False}),
         ("affine_act_fake_quantize_backward", {7: False}),
+        ("affine_act_learned_fake_quantize_backward", {4: None, 9: False}),
+        ("affine_act_learned_fake_quantize_backward", {10: False}),
+        ("learned_fake_quantize_backward", {2: torch.tensor(0.1), 3: torch.tensor(3, dtype=torch.int32), 5: None}),
         ("bn_match_forward", {3: None, 4: None}),
         ("bn_match_forward_backward", {7: None}),
         ("batch_norm_act", {1: None, 2: None}),
@@ -903,6 +916,11 @@ def test_opcheck_without_optional_arguments(backend: str, name: str, arguments: 
     torch.library.opcheck(getattr(torch.ops.adadfq, name).default, tuple(every))
 
 
+def _learned(scale: Tensor, x: Tensor) -> Tensor:
+    """`scale` with a gradient where `x` has one."""
+    return scale + x.flatten()[: scale.numel()].abs().reshape(scale.shape) / 8
+
+
 def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
     """Every differentiable function of the package on x [2, 3, 4, 5]; each returns all that it computes."""
     scale, zero_point = torch.full((3,), 0.1), torch.full((3,), 5, dtype=torch.int32)
@@ -919,6 +937,16 @@ def _public_calls() -> dict[str, Callable[[Tensor], list[Tensor]]]:
     return {
         "fake_quantize": lambda x: [F.fake_quantize(x, scale, zero_point, 4, 1, clip_grad=True)],
         "fake_quantize inplace": lambda x: [F.fake_quantize(x * 2, scale, zero_point, 4, 1, inplace=True)],
+        "fake_quantize learned": lambda x: [F.fake_quantize(x, _learned(scale, x), zero_point, 4, 1)],
+        "foreach_fake_quantize": lambda x: F.foreach_fake_quantize(
+            [x, x[0] * 2], [torch.full((2,), 0.1), torch.full((3,), 0.2)], [zero_point[:2], shift.int() + 3], [4, 2], 0
+        ),
+        "foreach_fake_quantize learned": lambda x: F.foreach_fake_quantize(
+            [x, x * 2], [_learned(scale, x), _learned(weight, x)], [zero_point, shift.int() + 3], [4, 2], 1
+        ),
+        "affine_act_fake_quantize learned": lambda x: [
+            F.affine_act_fake_quantize(x, scale, shift, x.sin(), "relu6", (_learned(step[0], x), *step[1:]))
+        ],
         "dynamic_fake_quantize": lambda x: list(F.dynamic_fake_quantize(x, 4, 1)),
         "foreach_dynamic_fake_quantize": lambda x: [
             t for r in F.foreach_dynamic_fake_quantize([x, x[0] * 2, x.flatten(1)], [4, 2, 8], 1) for t in r

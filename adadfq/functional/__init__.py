@@ -15,6 +15,7 @@ from adadfq.functional.quantizers import (
     dynamic_fake_quantize,
     fake_quantize,
     foreach_dynamic_fake_quantize,
+    foreach_fake_quantize,
     observe_fake_quantize,
     qparams,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "entropy_distillation",
     "fake_quantize",
     "foreach_dynamic_fake_quantize",
+    "foreach_fake_quantize",
     "margin_loss",
     "observe_fake_quantize",
     "qparams",

@@ -61,6 +61,56 @@ class _AffineActFakeQuantize(torch.autograd.Function):
         )
 
 
+class _AffineActLearnedFakeQuantize(torch.autograd.Function):
+    """The quantiser's step is learned: nothing passes from outside its range, and the step has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        act: str,
+        act_scale: Tensor,
+        act_zero_point: Tensor,
+        bits: int,
+    ) -> Tensor:
+        ctx.act, ctx.bits = act, bits
+        ctx.save_for_backward(x, scale, shift, residual, act_scale, act_zero_point)
+        return run("affine_act_fake_quantize", x, scale, shift, residual, act, act_scale, act_zero_point, bits)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_needed, scale_needed, shift_needed, residual_needed, *_ = ctx.needs_input_grad
+        x, scale, shift, residual, act_scale, act_zero_point = ctx.saved_tensors
+        grad_x, grad_residual, grad_scale, grad_shift, grad_act_scale = run(
+            "affine_act_learned_fake_quantize_backward",
+            grad,
+            x,
+            scale,
+            shift,
+            residual,
+            ctx.act,
+            act_scale,
+            act_zero_point,
+            ctx.bits,
+            residual_needed,
+            scale_needed or shift_needed,
+        )
+        return (
+            grad_x if x_needed else None,
+            grad_scale if scale_needed else None,
+            grad_shift if shift_needed else None,
+            grad_residual if residual_needed else None,
+            None,
+            grad_act_scale,
+            None,
+            None,
+        )
+
+
 def affine_act_fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -76,7 +126,9 @@ def affine_act_fake_quantize(
     float64) from end to end; nothing between is rounded to a 16-bit dtype.
 
     The gradient reaches x, scale, shift and residual, where the activation is not flat; it passes the quantiser
-    unchanged (straight-through estimator).
+    unchanged (straight-through estimator). Where the quantiser's scale requires a gradient, that is a learned step size
+    as in :func:`adadfq.functional.fake_quantize`: it gets its gradient in the same pass, and nothing passes from
+    outside the quantiser's range.
 
     Args:
         x: [N, C, ...], floating.
@@ -94,6 +146,8 @@ def affine_act_fake_quantize(
         InvalidInputError: a shape, a dtype, a device, `act` or the width does not fit.
     """
     arguments = _checked(x, scale, shift, residual, act, qparams)
+    if checks.is_learned(arguments[5]):
+        return _AffineActLearnedFakeQuantize.apply(*arguments)
     if not needs_gradient(x, scale, shift, residual):
         return run("affine_act_fake_quantize", *arguments)
     return _AffineActFakeQuantize.apply(*arguments)

@@ -19,6 +19,7 @@ __all__ = [
     "dynamic_fake_quantize",
     "fake_quantize",
     "foreach_dynamic_fake_quantize",
+    "foreach_fake_quantize",
     "observe_fake_quantize",
     "qparams",
 ]
@@ -58,6 +59,65 @@ class _FakeQuantizeClipped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         return run("fake_quantize_backward", grad, x, scale, zero_point, ctx.bits, ctx.axis), None, None, None, None
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
+        ctx.bits, ctx.axis = bits, axis
+        ctx.save_for_backward(x, scale, zero_point)
+        return run("fake_quantize", x, scale, zero_point, bits, axis)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        grad_x, grad_scale = run("learned_fake_quantize_backward", grad, x, scale, zero_point, ctx.bits, ctx.axis)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None
+
+
+class _ForeachFakeQuantize(torch.autograd.Function):
+    """Straight-through for every tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, bits: list[int], axis: int | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tensors, scales, zero_points = (list(inputs[i : i + count]) for i in range(0, 3 * count, count))
+        x_hats = run("foreach_fake_quantize", tensors, scales, zero_points, bits, axis)
+        constant = [x for x, needed in zip(x_hats, ctx.needs_input_grad[3:], strict=False) if not needed]
+        ctx.mark_non_differentiable(*constant)
+        ctx.set_materialize_grads(False)
+        ctx.count = count
+        return tuple(x_hats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, None, *grads, *[None] * (2 * ctx.count)
+
+
+class _ForeachLearnedFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, bits: list[int], axis: int | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tensors, scales, zero_points = (list(inputs[i : i + count]) for i in range(0, 3 * count, count))
+        ctx.count, ctx.bits, ctx.axis = count, bits, axis
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(run("foreach_fake_quantize", tensors, scales, zero_points, bits, axis))
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n, inputs = ctx.count, ctx.saved_tensors
+        results: list[Tensor | None] = [None] * (3 * n)
+        # Those that reach the loss.
+        members = [i for i, grad in enumerate(grads) if grad is not None]
+        if members:
+            lists = [[grads[i] for i in members], *([inputs[k * n + i] for i in members] for k in range(3))]
+            bits = [ctx.bits[i] for i in members]
+            grad_tensors, grad_scales = run("foreach_learned_fake_quantize_backward", *lists, bits, ctx.axis)
+            for i, grad_x, grad_scale in zip(members, grad_tensors, grad_scales, strict=True):
+                results[i] = grad_x if ctx.needs_input_grad[3 + i] else None
+                results[n + i] = grad_scale
+        return None, None, None, *results
 
 
 class _DynamicFakeQuantize(torch.autograd.Function):
@@ -151,40 +211,52 @@ def fake_quantize(
     even (METHOD: the paper's asymmetric quantiser with an integer zero point). NaN stays NaN; infinities saturate.
 
     The gradient is the straight-through estimator: it passes to `x` unchanged, or, with `clip_grad`, only where `x`
-    is inside the range. `scale` and `zero_point` get none.
+    is inside the range. `zero_point` gets none.
+
+    A `scale` that requires a gradient is a learned step size (LSQ: Esser et al., ICLR 2020). Then the gradient passes
+    to `x` only where `x` is inside the range, and `scale` gets the sum, over the tensor or each channel, of the
+    gradient times round(x / scale) - x / scale inside the range and times code - zero_point outside. It is not scaled
+    by the number of elements or codes: that is the optimizer's learning rate. Where `x` is NaN, so is the gradient of
+    `scale`.
 
     Args:
         x: floating tensor, any shape.
-        scale: step size; one element when `axis` is None, else ``[x.shape[axis]]``. Must be positive: like torch's own
+        scale: step size, floating; one element when `axis` is None, else ``[x.shape[axis]]``. It is converted to
+            float32 (float64 for float64), and its gradient back. Must be positive: like torch's own
             fake quantisation this does not look, for on a GPU looking would wait for the device.
         zero_point: code of 0, shaped like `scale`, an integer tensor. Must be in 0..2^bits - 1; it is not looked at
             either.
         bits: width, 2..8.
         axis: channel dimension, or None for one scale for the whole tensor.
-        clip_grad: zero the gradient outside the range.
-        inplace: write over `x` and return it, as ``nn.ReLU(inplace=True)`` does. Not with `clip_grad`, whose backward
-            needs the old values.
+        clip_grad: zero the gradient outside the range, as it is anyway with a learned `scale`.
+        inplace: write over `x` and return it, as ``nn.ReLU(inplace=True)`` does. Not with `clip_grad` or a learned
+            `scale`, whose backward needs the old values.
 
     Returns:
         Tensor with the shape and dtype of `x`.
 
     Raises:
-        InvalidInputError: `bits`, `axis`, a shape, a dtype or a device does not fit; both `clip_grad` and `inplace`.
+        InvalidInputError: `bits`, `axis`, a shape, a dtype or a device does not fit; `inplace` with `clip_grad` or
+            with a `scale` that requires a gradient.
     """
     checks.check_floating("x", x)
     checks.check_bits("bits", bits)
     if axis is not None:
         axis = checks.check_axis(axis, x)
     scale, zero_point = checks.check_quantizer(scale, zero_point, axis, x, compute_dtype(x.dtype))
+    learned = checks.is_learned(scale)
     if inplace:
-        if clip_grad:
-            raise InvalidInputError("inplace must be False with clip_grad, whose backward needs the old values of x")
+        if clip_grad or learned:
+            what = "clip_grad" if clip_grad else "a scale that requires a gradient"
+            raise InvalidInputError(f"inplace must be False with {what}, whose backward needs the old values of x")
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             raise InvalidInputError("inplace must be False for a leaf that requires a gradient")
         if not needs_gradient(x):
             run("fake_quantize_", x, scale, zero_point, bits, axis)
             return x
         return _FakeQuantizeInplace.apply(x, scale, zero_point, bits, axis)
+    if learned:
+        return _LearnedFakeQuantize.apply(x, scale, zero_point, bits, axis)
     if not needs_gradient(x):
         return run("fake_quantize", x, scale, zero_point, bits, axis)
     function = _FakeQuantizeClipped if clip_grad else _FakeQuantize
@@ -234,31 +306,98 @@ def foreach_dynamic_fake_quantize(
         InvalidInputError: a width, the axis, a dtype or a device does not fit, or there are not as many widths as
             tensors.
     """
+    tensors, widths = _checked_list(tensors, bits)
+    if not tensors:
+        return [], [], []
+    axis = _checked_axis(axis, tensors)
+    if not needs_gradient(*tensors):
+        return run("foreach_dynamic_fake_quantize", tensors, widths, axis)
+    results = _ForeachDynamicFakeQuantize.apply(widths, axis, *tensors)
+    n = len(tensors)
+    return list(results[:n]), list(results[n : 2 * n]), list(results[2 * n :])
+
+
+def foreach_fake_quantize(
+    tensors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor],
+    bits: int | Sequence[int],
+    axis: int | None = 0,
+) -> list[Tensor]:
+    """:func:`fake_quantize` of every tensor of a list in one call: all the weights of a network with given steps.
+
+    One call each way also where all scales are learned; where some are, those are a call of their own.
+
+    Args:
+        tensors: floating tensors of one dtype, on one device.
+        scales: of every tensor, as in :func:`fake_quantize`; where it requires a gradient, gradients are those of a
+            learned step size, for other tensors they pass unchanged.
+        zero_points: of every tensor, as in :func:`fake_quantize`.
+        bits: width, 2..8, of all or one a tensor.
+        axis: channel dimension of every tensor, or None for one scale a tensor.
+
+    Returns:
+        x_hats, in the order of `tensors`.
+
+    Raises:
+        InvalidInputError: a width, the axis, a shape, a dtype or a device does not fit, or the lists differ in length.
+    """
+    tensors, widths = _checked_list(tensors, bits)
+    scales, zero_points = list(scales), list(zero_points)
+    if not len(tensors) == len(scales) == len(zero_points):
+        raise InvalidInputError(
+            f"there must be a scale and a zero point for each of {len(tensors)} tensors, got {len(scales)} and "
+            f"{len(zero_points)}"
+        )
+    if not tensors:
+        return []
+    if axis is not None:
+        axis = _checked_axis(axis, tensors)
+    dtype = compute_dtype(tensors[0].dtype)
+    for i, x in enumerate(tensors):
+        scales[i], zero_points[i] = checks.check_quantizer(scales[i], zero_points[i], axis, x, dtype)
+    learned = [i for i, scale in enumerate(scales) if checks.is_learned(scale)]
+    given = [i for i, scale in enumerate(scales) if not checks.is_learned(scale)]
+    x_hats = list(tensors)
+    for members, function in ((learned, _ForeachLearnedFakeQuantize), (given, _ForeachFakeQuantize)):
+        if not members:
+            continue
+        lists = [[values[i] for i in members] for values in (tensors, scales, zero_points)]
+        group = [widths[i] for i in members]
+        if needs_gradient(*lists[0], *lists[1]):
+            results = function.apply(len(members), group, axis, *lists[0], *lists[1], *lists[2])
+        else:
+            results = run("foreach_fake_quantize", *lists, group, axis)
+        for i, x_hat in zip(members, results, strict=True):
+            x_hats[i] = x_hat
+    return x_hats
+
+
+def _checked_list(tensors: Sequence[Tensor], bits: int | Sequence[int]) -> tuple[list[Tensor], list[int]]:
+    """The tensors, of one dtype and device, and the width of each."""
     if isinstance(tensors, Tensor):
         raise InvalidInputError("tensors must be a list of tensors, got one: its rows would be quantised on their own")
     tensors = list(tensors)
     widths = list(bits) if isinstance(bits, Sequence) else [checks.check_bits("bits", bits)] * len(tensors)
     if len(widths) != len(tensors):
         raise InvalidInputError(f"bits must be one width or one a tensor, got {len(widths)} for {len(tensors)} tensors")
-    if not tensors:
-        return [], [], []
-    first = checks.check_floating("tensors[0]", tensors[0])
     for i, (x, width) in enumerate(zip(tensors, widths, strict=True)):
         checks.check_floating(f"tensors[{i}]", x)
         checks.check_bits("bits", width)
-        if x.dtype != first.dtype or x.device != first.device:
+        if x.dtype != tensors[0].dtype or x.device != tensors[0].device:
             raise InvalidInputError(
-                f"tensors must have one dtype and device, got {first.dtype} on {first.device} and {x.dtype} on "
-                f"{x.device} at position {i}"
+                f"tensors must have one dtype and device, got {tensors[0].dtype} on {tensors[0].device} and {x.dtype} "
+                f"on {x.device} at position {i}"
             )
-        if checks.check_axis(axis, x) != axis and x.dim() != first.dim():
+    return tensors, widths
+
+
+def _checked_axis(axis: int, tensors: list[Tensor]) -> int:
+    """`axis` counted from the front, a dimension of every tensor."""
+    for x in tensors:
+        if checks.check_axis(axis, x) != axis and x.dim() != tensors[0].dim():
             raise InvalidInputError("axis must be counted from the front for tensors of different dimensions")
-    axis = checks.check_axis(axis, first)
-    if not needs_gradient(*tensors):
-        return run("foreach_dynamic_fake_quantize", tensors, widths, axis)
-    results = _ForeachDynamicFakeQuantize.apply(widths, axis, *tensors)
-    n = len(tensors)
-    return list(results[:n]), list(results[n : 2 * n]), list(results[2 * n :])
+    return checks.check_axis(axis, tensors[0])
 
 
 def observe_fake_quantize(

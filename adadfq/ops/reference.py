@@ -82,6 +82,53 @@ def fake_quantize_backward(
     return out.copy_(torch.where(inside, grad, torch.zeros_like(grad)))
 
 
+def learned_fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_scale) of :func:`fake_quantize` with a learned step size (LSQ: Esser et al., ICLR 2020).
+
+    grad_x is that of :func:`fake_quantize_backward`. grad_scale, shaped like `scale`, is the sum over the tensor, or
+    over each channel, of grad * (round(x / scale) - x / scale) where round(x / scale) + zero_point is a code and of
+    grad * (code - zero_point) where it was clipped to one: the derivative of x_hat with round's taken for 1. A NaN
+    element has grad_x 0 and makes its grad_scale NaN.
+    """
+    step = _per_axis(scale, x.dim(), axis)
+    zero_point = _per_axis(zero_point, x.dim(), axis).to(step.dtype)
+    steps = _compute(x) / step
+    rounded = torch.round(steps)
+    code = rounded + zero_point
+    inside = (code >= 0) & (code <= 2**bits - 1)
+    slope = torch.where(inside, rounded - steps, code.clamp(0, 2**bits - 1) - zero_point)
+    terms = _compute(grad) * slope
+    grad_x = torch.empty_like(x).copy_(torch.where(inside, grad, torch.zeros_like(grad)))
+    summed = [d for d in range(x.dim()) if d != axis]
+    # Over an empty list of dimensions PyTorch sums all of them.
+    grad_scale = terms.sum(summed) if summed else terms
+    return grad_x, grad_scale.reshape(scale.shape)
+
+
+def foreach_fake_quantize(
+    tensors: list[Tensor], scales: list[Tensor], zero_points: list[Tensor], bits: list[int], axis: int | None
+) -> list[Tensor]:
+    """:func:`fake_quantize` of every tensor."""
+    each = zip(tensors, scales, zero_points, bits, strict=True)
+    return [fake_quantize(x, scale, zero_point, width, axis) for x, scale, zero_point, width in each]
+
+
+def foreach_learned_fake_quantize_backward(
+    grads: list[Tensor],
+    tensors: list[Tensor],
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    bits: list[int],
+    axis: int | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`learned_fake_quantize_backward` of every tensor; returns (grad_tensors, grad_scales)."""
+    each = zip(grads, tensors, scales, zero_points, bits, strict=True)
+    results = [learned_fake_quantize_backward(*arguments, axis) for arguments in each]
+    return [grad_x for grad_x, _ in results], [grad_scale for _, grad_scale in results]
+
+
 def dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fake quantisation over each channel's own min/max; returns (x_hat, scale [C], zero_point [C])."""
     channels = _compute(x).movedim(axis, 0).flatten(1) if x.dim() > 1 else _compute(x).reshape(-1, 1)
@@ -291,11 +338,47 @@ def affine_act_fake_quantize_backward(
     grad_x = du scale, grad_residual = du, grad_scale = sum du x, grad_shift = sum du.
     """
     act_number(act)
-    du = grad if grad.dtype == torch.float64 else grad.float()
+    du = _compute(grad)
     if act != "none":
-        u = _affine(x, scale, shift, residual)
-        flat = u <= 0 if act == "relu" else (u <= 0) | (u >= 6)
-        du = torch.where(flat, 0, du)
+        du = _where_sloped(du, _affine(x, scale, shift, residual), act)
+    return _affine_gradients(du, x, scale, need_residual, need_params)
+
+
+def affine_act_learned_fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bits: int,
+    need_residual: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`affine_act_fake_quantize_backward` where the quantiser's step is learned, and the gradient of that.
+
+    (grad_x, grad_residual, grad_scale [C], grad_shift [C], grad_act_scale): quantisation passes the gradient, and gives
+    that of its step, as :func:`learned_fake_quantize_backward` does for act(u).
+    """
+    u = _affine(x, scale, shift, residual)
+    du, grad_act_scale = learned_fake_quantize_backward(
+        _compute(grad), _activation(u, act), act_scale, act_zero_point, bits
+    )
+    if act != "none":
+        du = _where_sloped(du, u, act)
+    return *_affine_gradients(du, x, scale, need_residual, need_params), grad_act_scale
+
+
+def _where_sloped(grad: Tensor, u: Tensor, act: str) -> Tensor:
+    flat = u <= 0 if act == "relu" else (u <= 0) | (u >= 6)
+    return torch.where(flat, 0, grad)
+
+
+def _affine_gradients(
+    du: Tensor, x: Tensor, scale: Tensor, need_residual: bool, need_params: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x).copy_(du * _per_axis(scale, x.dim(), 1))
     grad_residual = torch.empty_like(x).copy_(du) if need_residual else x.new_empty(0)
     if not need_params:
@@ -571,7 +654,10 @@ def entropy_distillation(teacher_logits: Tensor, student_logits: Tensor, tempera
 KERNELS = {
     "fake_quantize": fake_quantize,
     "fake_quantize_backward": fake_quantize_backward,
+    "learned_fake_quantize_backward": learned_fake_quantize_backward,
     "fake_quantize_": fake_quantize_,
+    "foreach_fake_quantize": foreach_fake_quantize,
+    "foreach_learned_fake_quantize_backward": foreach_learned_fake_quantize_backward,
     "dynamic_fake_quantize": dynamic_fake_quantize,
     "foreach_dynamic_fake_quantize": foreach_dynamic_fake_quantize,
     "observe_fake_quantize": observe_fake_quantize,
@@ -580,6 +666,7 @@ KERNELS = {
     "quantize_pack": quantize_pack,
     "unpack_dequantize": unpack_dequantize,
     "affine_act_fake_quantize_backward": affine_act_fake_quantize_backward,
+    "affine_act_learned_fake_quantize_backward": affine_act_learned_fake_quantize_backward,
     "bn_match": bn_match,
     "bn_match_backward": bn_match_backward,
     "bn_match_forward": bn_match_forward,

@@ -9,9 +9,9 @@ tensors are on one device; `scale` has the compute dtype and `zero_point` is int
 None: one element, with or without a dimension); the gradient, or the student's logits, have the dtype and shape of the
 main tensor; logits are [B, K] with B, K >= 1 and labels int64 [B]; running statistics and the parameters of an affine
 map have the compute dtype and shape [C], with channels in dimension 1 (those of batch_norm_act may be [N, C], both);
-`residual` has the dtype and shape of `x`; the tensors of a list have one dtype; the state of an activation range has
-one element each (float32, num_batches int64, zero_point int32); `packed` is uint8 and one-dimensional, and holds as
-many codes as `shape` has elements. Layout is free.
+`residual` has the dtype and shape of `x`; the tensors of a list, which holds one at least, have one dtype; the state of
+an activation range has one element each (float32, num_batches int64, zero_point int32); `packed` is uint8 and
+one-dimensional, and holds as many codes as `shape` has elements. Layout is free.
 
 Compute dtype: float32 for float32, bfloat16 and float16 tensors, float64 for float64. Scales and losses have it; batch
 statistics are float64. Outputs shaped like an input have its dtype and, where it is dense, its strides.
@@ -46,6 +46,29 @@ def _fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+def _learned_fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), scale.new_empty(scale.shape)
+
+
+def _foreach_fake_quantize(
+    tensors: list[Tensor], scales: list[Tensor], zero_points: list[Tensor], bits: list[int], axis: int | None
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in tensors]
+
+
+def _foreach_learned_fake_quantize_backward(
+    grads: list[Tensor],
+    tensors: list[Tensor],
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    bits: list[int],
+    axis: int | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.empty_like(x) for x in tensors], [scale.new_empty(scale.shape) for scale in scales]
 
 
 def _dynamic_fake_quantize(x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,6 +156,23 @@ def _affine_act_fake_quantize_backward(
     grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
     length = x.shape[1] if need_params else 0
     return torch.empty_like(x), grad_residual, scale.new_empty(length), scale.new_empty(length)
+
+
+def _affine_act_learned_fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bits: int,
+    need_residual: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _affine_act_fake_quantize_backward(grad, x, scale, shift, residual, act, need_residual, need_params)
+    return *gradients, act_scale.new_empty(act_scale.shape)
 
 
 def _bn_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,6 +269,20 @@ OPERATORS = {
         "(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int bits, int? axis=None) -> Tensor",
         _fake_quantize_backward,
     ),
+    "learned_fake_quantize_backward": (
+        "(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int bits, int? axis=None) -> "
+        "(Tensor grad_x, Tensor grad_scale)",
+        _learned_fake_quantize_backward,
+    ),
+    "foreach_fake_quantize": (
+        "(Tensor[] tensors, Tensor[] scales, Tensor[] zero_points, int[] bits, int? axis) -> Tensor[]",
+        _foreach_fake_quantize,
+    ),
+    "foreach_learned_fake_quantize_backward": (
+        "(Tensor[] grads, Tensor[] tensors, Tensor[] scales, Tensor[] zero_points, int[] bits, int? axis) -> "
+        "(Tensor[] grad_tensors, Tensor[] grad_scales)",
+        _foreach_learned_fake_quantize_backward,
+    ),
     "dynamic_fake_quantize": (
         "(Tensor x, int bits, int axis) -> (Tensor x_hat, Tensor scale, Tensor zero_point)",
         _dynamic_fake_quantize,
@@ -269,6 +323,12 @@ OPERATORS = {
         "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, bool need_residual, "
         "bool need_params) -> (Tensor grad_x, Tensor grad_residual, Tensor grad_scale, Tensor grad_shift)",
         _affine_act_fake_quantize_backward,
+    ),
+    "affine_act_learned_fake_quantize_backward": (
+        "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor? residual, str act, Tensor act_scale, "
+        "Tensor act_zero_point, int bits, bool need_residual, bool need_params) -> (Tensor grad_x, "
+        "Tensor grad_residual, Tensor grad_scale, Tensor grad_shift, Tensor grad_act_scale)",
+        _affine_act_learned_fake_quantize_backward,
     ),
     "bn_match": (
         "(Tensor x, Tensor running_mean, Tensor running_var) -> (Tensor loss, Tensor mean, Tensor var)",
