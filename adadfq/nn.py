@@ -192,7 +192,7 @@ class QuantAct(nn.Module):
         """Refuse a range that saw no batch or is not finite (:class:`InvalidInputError`). Waits for the device."""
         if int(self.num_batches) == 0:
             raise InvalidInputError("QuantAct cannot be frozen before it has seen a batch: run a forward first")
-        if not math.isfinite(float(self.scale)):
+        if not math.isfinite(float(self.scale.detach())):
             raise InvalidInputError(
                 f"QuantAct cannot be frozen over the range {float(self.running_min)}..{float(self.running_max)}: "
                 "the activations held NaN or infinity"
@@ -255,6 +255,20 @@ class QuantAct(nn.Module):
             scale, zero_point = rescaled_step(self.scale, self.zero_point, before, act_bits)
         else:
             return
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    @torch.no_grad()
+    def shrink_range(self, share: Tensor) -> None:
+        """Multiply both ends of the range by `share`, one element; waits for nothing.
+
+        Raises:
+            InvalidInputError: the step is learned, which would be overwritten.
+        """
+        self.check_step()
+        self.running_min.mul_(share)
+        self.running_max.mul_(share)
+        scale, zero_point = functional.qparams(self.running_min, self.running_max, self.act_bits)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 

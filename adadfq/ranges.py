@@ -80,9 +80,7 @@ def shrink_act_ranges(student: nn.Module, batches: Iterable[Tensor]) -> None:
             student(images)
     for act, error in errors.items():
         share = torch.tensor(SHARES, device=error.device)[error.argmin()]
-        act.running_min.mul_(share)
-        act.running_max.mul_(share)
-        act._update_qparams()
+        act.shrink_range(share)
 
 
 @torch.no_grad()

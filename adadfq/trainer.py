@@ -318,6 +318,10 @@ class Trainer:
         if not complete and directory is not None:
             self._save_checkpoint(directory / CHECKPOINT)
         self._freeze()
+        for module in self._quantizers:
+            if not isinstance(module, QuantAct) and module.weight_scale is None:
+                continue
+            module.learn_step(False)  # what was learned stays, as a buffer
         status = "complete" if complete else "interrupted"
         result = Result(self.student, recipe, self.seed, status, self.step, means, directory)
         if directory is not None:

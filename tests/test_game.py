@@ -127,6 +127,7 @@ def test_one_step_equals_the_oracle(generator: str, detach_min: bool, fused: boo
         "loss_as": as_,
         "loss_bns": bns,
         "loss_student": loss_q,
+        "loss_features": torch.zeros(()),
         "h_prime": h_prime.mean(),
         "agreement": (t.argmax(1) == q.argmax(1)).double().mean(),
         "teacher_accuracy": (t.argmax(1) == labels).double().mean(),

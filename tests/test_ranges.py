@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from toy import toy_teacher
 from torch import nn
+from toy import toy_teacher
 
 import adadfq
 from adadfq import functional
@@ -72,7 +72,7 @@ def test_activation_ranges_shrink_to_the_least_error() -> None:
 
 
 class _Functional(nn.Module):
-    """A convolution as a function of a weight that the forward computes."""
+    """A convolution as a function of a weight that no layer holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Functional(nn.Module):
         self.norm = nn.BatchNorm2d(4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.norm(torch.conv2d(x, self.raw * 2))).mean((2, 3))
+        return torch.relu(self.norm(torch.conv2d(x, self.raw))).mean((2, 3))
 
 
 @pytest.mark.parametrize("method", ["minmax", "mse"])
@@ -98,7 +98,7 @@ def test_weights_keep_the_range_they_have(method: str) -> None:
             torch.testing.assert_close(after, before)
         else:
             assert not torch.allclose(after, before)
-    weight = student.get_parameter("raw") * 2
+    weight = student.get_parameter("raw")
     quantizer = next(m for m in student.modules() if type(m) is adadfq.nn.QuantWeight)
     expected = functional.qparams(*weight.flatten(1).aminmax(dim=1), 3) if method == "minmax" else mse_range(weight, 3)
     torch.testing.assert_close(quantizer.weight_scale, expected[0])

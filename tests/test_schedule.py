@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from toy import toy_recipe
 
 from adadfq.schedule import generator_factor, student_factor
-from toy import toy_recipe
 
 
 def test_step_decay_counts_the_milestones_that_the_epoch_has_reached() -> None:

@@ -97,7 +97,7 @@ def test_noise_is_normal_and_labels_are_uniform() -> None:
     trainer = _trainer(epochs=1, steps_per_epoch=100, warmup_epochs=0, batch_size=8)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def watch(noise: torch.Tensor, labels: torch.Tensor, train_student: bool) -> torch.Tensor:
+    def watch(noise: torch.Tensor, labels: torch.Tensor, *_: object) -> torch.Tensor:
         seen.append((noise, labels))
         return torch.zeros(len(METRICS))
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from toy import toy_recipe
 from torch import Tensor
+from toy import toy_recipe
 
 from adadfq.transforms import Transform
 
@@ -53,9 +53,7 @@ def test_crop_moves_each_image_within_its_margin_and_fills_with_zeros() -> None:
     places = set()
     for image, cropped in zip(images, found, strict=True):
         padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
-        matches = [
-            (y, x) for y in range(5) for x in range(5) if torch.equal(padded[:, y : y + 8, x : x + 8], cropped)
-        ]
+        matches = [(y, x) for y in range(5) for x in range(5) if torch.equal(padded[:, y : y + 8, x : x + 8], cropped)]
         assert len(matches) == 1
         places.add(matches[0])
     assert len(places) > 15  # of 25
