@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_cosine_falls_from_the_students_first_step_to_the_end() -> None:
     assert factors[:5] == [1.0] * 5
     assert factors[12] == pytest.approx(0.5)
     assert factors[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
-    assert all(later < earlier for earlier, later in zip(factors[4:], factors[5:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[4:]))
 
 
 def test_the_students_rate_rises_over_its_first_steps() -> None:
