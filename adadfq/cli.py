@@ -180,7 +180,14 @@ class _RecipeCommand(click.Command):
 @main.command(cls=_RecipeCommand, short_help="Quantise a network without data.")
 @click.argument("model")
 @click.option("--weights", type=click.Path(path_type=Path), help="The network's weights: .safetensors, .pt, .pth, .th.")
-@click.option("--recipe", "recipe_name", required=True, metavar="NAME", help="Settings to start from, of those below.")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    default="adadfq_plus",
+    show_default=True,
+    metavar="NAME",
+    help="Settings to start from, of those below; the paper's are named after its networks.",
+)
 @click.option("--weight-bits", type=int, required=True, help="Bits of the weights, 2..8.")
 @click.option("--act-bits", type=int, required=True, help="Bits of the activations, 2..8.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New directory for the result.")
@@ -215,6 +222,7 @@ def quantize(
     from adadfq.checkpoint import load_weights, read_state_dict
     from adadfq.files import check_new_directory
     from adadfq.models import BUILTINS, build_model
+    from adadfq.players import count_classes
     from adadfq.recipe import Recipe
 
     if not resume:
@@ -232,6 +240,9 @@ def quantize(
     else:
         click.echo(f"note: no --weights: {model} keeps the weights its callable gives it", err=True)
     teacher.eval()
+    if "num_classes" not in given and (classes := count_classes(teacher, recipe)) not in (None, recipe.num_classes):
+        click.echo(f"note: num_classes={classes}, as many as {model} has logits", err=True)
+        recipe = recipe.replace(num_classes=classes)
     student = adadfq.quantize(teacher, weight_bits, act_bits)
     trainer = adadfq.Trainer(teacher, student, recipe, seed=seed, device=device)
     click.echo(str(adadfq.report(student)))

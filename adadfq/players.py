@@ -31,6 +31,21 @@ def check_network(name: str, model: Any) -> None:
         raise InvalidInputError(f"the {name} has no parameter that requires a gradient: nothing would train")
 
 
+@torch.no_grad()
+def count_classes(network: nn.Module, recipe: Recipe) -> int | None:
+    """How many logits `network` gives for an image of the recipe's shape; None where it takes none or gives no logits.
+
+    `network` is in eval mode.
+    """
+    device = next(network.parameters()).device
+    image = torch.zeros(1, recipe.image_channels, recipe.image_size, recipe.image_size, device=device)
+    try:
+        logits = network(image)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None  # check_players says what is wrong
+    return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.dim() == 2 else None
+
+
 def check_generator(generator: Any, recipe: Recipe) -> None:
     """Refuse a generator whose attributes contradict the recipe."""
     check_network("generator", generator)

@@ -217,8 +217,7 @@ class Recipe:
         """
         if name not in cls.names():
             raise InvalidInputError(f"recipe must be one of {', '.join(cls.names())}, got {name!r}")
-        text = resources.files("adadfq.recipes").joinpath(f"{name}.json").read_text(encoding="utf-8")
-        recipe = cls.from_dict({"name": name, **json.loads(text)}).replace(**overrides)
+        recipe = cls.from_dict({"name": name, **_shipped(name)}).replace(**overrides)
         return recipe if weight_bits is None else recipe.for_weight_bits(weight_bits)
 
     @classmethod
@@ -253,6 +252,14 @@ class Recipe:
         """The recipe settled for one width: `by_weight_bits` applied and emptied."""
         checks.check_bits("weight_bits", weight_bits)
         return _without_widths(self, self.by_weight_bits.get(weight_bits, {}), self.name)
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """Settings of a shipped recipe: those of the one it is based on, replaced by its own."""
+    text = resources.files("adadfq.recipes").joinpath(f"{name}.json").read_text(encoding="utf-8")
+    settings = json.loads(text)
+    base = settings.pop("base", None)
+    return settings if base is None else {**_shipped(base), **settings}
 
 
 def _without_widths(recipe: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:

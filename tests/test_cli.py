@@ -161,6 +161,16 @@ def test_quantize_writes_what_was_asked_for(result_directory):
     assert (record["recipe"]["epochs"], record["recipe"]["latent_dim"]) == (2, 8)
 
 
+def test_the_default_recipe_takes_the_number_of_classes_from_the_model(teacher, tmp_path):
+    short = [*TINY[2:8], *TINY[10:]]
+    assert "cifar10_resnet20" not in short and "--num-classes" not in short
+    result = run("quantize", "resnet20", "--weights", teacher, *short, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "num_classes=4, as many as resnet20 has logits" in result.stderr
+    recipe = adadfq.result.read_result(tmp_path / "out")["recipe"]
+    assert (recipe["name"], recipe["num_classes"], recipe["learn_steps"]) == ("adadfq_plus", 4, True)
+
+
 def test_evaluate_prints_a_table(result_directory, images):
     result = run("evaluate", result_directory, "--data", images, "--device", "cpu")
     assert result.exit_code == 0, result.output
