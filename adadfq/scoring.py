@@ -28,7 +28,7 @@ CROP_FROM = 64
 CROP_FRACTION = 0.875
 
 _MAX_MEMBER_BYTES = 1 << 28  # an archive member that unpacks to more is not a photograph
-_LAYOUT = "images must lie in one folder per class (CLASS/IMAGE.jpg)"
+_LAYOUT = "images must lie in one folder per class (CLASS/IMAGE.jpg), or be named INDEX_NAME.jpg by its index"
 
 
 # ---------------------------------------------------------------------------------------------------- the images
@@ -106,6 +106,8 @@ def open_images(
 
     - a folder, or a zip archive, of class folders (all inside one common folder, or not). A class's index is the
       position of its folder's name in sorted order; where all names are integers, the name is the index.
+    - a folder, or a zip archive, of images in one place whose names begin with the index of their class and an
+      underscore (``0017_n01580077.jpg``).
     - an ``.npz`` with ``images``, uint8 [N, H, W] or [N, H, W, C] or floating [N, C, H, W] in 0..1, and ``labels``,
       integers [N].
 
@@ -228,6 +230,10 @@ def _classify(
     images = {m: parts for m, parts in visible.items() if parts[-1].lower().endswith(IMAGE_SUFFIXES)}
     if not images:
         raise InvalidInputError(f"evaluation data {path} holds no images ({' '.join(IMAGE_SUFFIXES)}); {_LAYOUT}")
+    places = {parts[:-1] for parts in images.values()}
+    in_class_folder = any(_is_number(place[-1]) for place in places if place) or (num_classes == 1 and () not in places)
+    if len(places) == 1 and not in_class_folder and all(_numbered(parts[-1]) for parts in images.values()):
+        return _by_number(path, images, num_classes, len(visible) - len(images))
     # One folder around all class folders is the archive's own name, not a class.
     top = 1 if len({parts[0] for parts in images.values()}) == 1 and min(map(len, images.values())) > 2 else 0
     if loose := min((m for m, parts in images.items() if len(parts) < top + 2), default=None):
@@ -243,8 +249,28 @@ def _classify(
     return order, [index[images[m][top]] for m in order], names, len(visible) - len(images)
 
 
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _numbered(name: str) -> bool:
+    number, underscore, _ = name.partition("_")
+    return bool(underscore) and _is_number(number)
+
+
+def _by_number(
+    path: Path, images: Mapping[str, tuple[str, ...]], num_classes: int, ignored: int
+) -> tuple[list[str], list[int], list[str], int]:
+    """As :func:`_classify`, of images in one folder named by the index of their class."""
+    labels = {member: int(parts[-1].partition("_")[0]) for member, parts in images.items()}
+    if (highest := max(labels.values())) >= num_classes:
+        raise InvalidInputError(f"{path}: class {highest} must be 0..{num_classes - 1}, as the model has it")
+    order = sorted(images)
+    return order, [labels[member] for member in order], [str(i) for i in range(num_classes)], ignored
+
+
 def _class_index(path: Path, folders: list[str], num_classes: int) -> tuple[dict[str, int], list[str]]:
-    if all(name.isascii() and name.isdigit() for name in folders):
+    if all(_is_number(name) for name in folders):
         index = {name: int(name) for name in folders}
         if (highest := max(index.values())) >= num_classes:
             raise InvalidInputError(f"{path}: class folder {highest} must be 0..{num_classes - 1}, as the model has it")

@@ -62,6 +62,19 @@ def write(request, tmp_path):
     return lambda members: WRITERS[request.param](tmp_path, members)
 
 
+@pytest.mark.parametrize("inside", ["", "samples/"])
+def test_images_named_by_the_index_of_their_class(write, inside):
+    members = {f"{inside}{i:04d}_n{i}.png": encode(noise(i)) for i in (7, 2, 30)}
+    data = open_images(write(members), image_size=8, num_classes=31, **PLAIN)
+    assert read_all(data)[1].tolist() == [2, 7, 30]
+    assert data.num_classes == 31
+
+
+def test_numbered_names_in_a_class_folder_say_nothing(write):
+    data = open_images(write({"3/0_x.png": PNG, "3/1_x.png": PNG}), image_size=8, num_classes=5, **PLAIN)
+    assert read_all(data)[1].tolist() == [3, 3]
+
+
 def read_all(data, batch_size=100):
     batches = list(data.batches(batch_size))
     return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
@@ -127,6 +140,8 @@ PNG = encode(noise(0))
         ({"0/x.png": PNG, "3/x.png": PNG}, 3, r"class folder 3 must be 0\.\.2"),
         ({"1/x.png": PNG, "01/x.png": PNG}, 3, "two class folders have one number"),
         ({"a/x.txt": b"x"}, 1, "holds no images"),
+        ({"9_x.png": PNG, "0_y.png": PNG}, 2, "class 9 must be 0..1"),
+        ({"0_x.png": PNG, "y.png": PNG}, 2, r"image 0_x\.png is not in a class folder"),
         ({"x.png": PNG, "y.png": PNG}, 2, r"image x\.png is not in a class folder"),
         ({"a/x.png": PNG, "y.png": PNG}, 2, r"image y\.png is not in a class folder"),
     ],
