@@ -164,7 +164,7 @@ OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "accuracy": {
         "losses_student": (list,),  # mean L_Q of every epoch
         "h_prime_quantiles": (list, NoneType),  # of every epoch: 5, 25, 50, 75 and 95 % of all samples' H'
-        # Of adadfq.HeldOut, on generated images: one beside each of `accuracies`.
+        # Of adadfq.HeldOut, on generated images: a value beside each of `accuracies`.
         "held_out_agreement": (list,),
         "held_out_loss": (list,),
         "held_out_kl": (list,),

@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ DIGITS = "adadfq.demo.digits:DigitsNet"
 IMAGES = 100
 SET = {"batch_size": 8, "epochs": 4, "steps_per_epoch": 3, "warmup_epochs": 2, "calibration_epochs": 2}
 VARIANTS = ("lr_student=0.002", "lr_student=0.001 precision=bfloat16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out_images() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "HELD_OUT", {"images": 20, "steps": 3, "batch_size": 8})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,8 @@ def test_rows(trained: Path) -> None:
         assert row["images"] == IMAGES and row["status"] == "ok"
         assert (row["steps"], row["images_seen"]) == (12, 96)
         assert len(row["accuracies"]) == 3  # after the last epoch of warm-up and both later ones
+        assert [len(row[f"held_out_{name}"]) for name in ("agreement", "loss", "kl")] == [3] * 3
+        assert all(0 <= value <= 100 for value in row["held_out_agreement"]) and min(row["held_out_kl"]) > 0
         assert row["player"] == "adadfq" and len(row["losses_student"]) == 4
         assert row["round_to_nearest"] == row["accuracies"][0] and row["accuracy"] == row["accuracies"][-1]
         assert 0 < row["step_ms"] * 2 * 3 < 1e3 * row["train_seconds"]
@@ -102,6 +112,11 @@ def test_a_row_is_what_the_trainer_gives(trained: Path) -> None:
     result = adadfq.Trainer(teacher, student, recipe, seed=2, progress=False).fit()
     images, labels = digits.load_images(held_out=True)
     assert digits.accuracy(student, images[:IMAGES], labels[:IMAGES]) == pytest.approx(row["accuracy"])
+    # The measures without data are of the teacher's shape alone, not of the run.
+    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits"), **accuracy.HELD_OUT).score(student)
+    assert held_out["agreement"] == pytest.approx(row["held_out_agreement"][-1])
+    assert held_out["loss"] == pytest.approx(row["held_out_loss"][-1])
+    assert held_out["kl"] == pytest.approx(row["held_out_kl"][-1])
     assert result.metrics["loss_student"] == pytest.approx(row["losses_student"][-1])
     assert result.metrics["agreement"] == pytest.approx(row["agreement"])
     assert result.metrics["h_prime"] == pytest.approx(row["h_prime"])
@@ -116,6 +131,14 @@ def test_scoring_is_no_time_of_training(files: Path, monkeypatch: pytest.MonkeyP
         return scored(model, images)
 
     scored = accuracy.scoring.accuracy
+
+    def slow_signals(held_out: Any, student: Any) -> Any:
+        nonlocal clock
+        clock += 1000
+        return score(held_out, student)
+
+    score = adadfq.HeldOut.score
+    monkeypatch.setattr(adadfq.HeldOut, "score", slow_signals)
     monkeypatch.setattr(accuracy.scoring, "accuracy", slow)
     play = adadfq.Trainer.play
 
