@@ -155,15 +155,21 @@ class _Scorer:
         self.accuracies: list[float] = []
         self.signals: list[dict[str, float]] = []
         self.epoch_seconds: list[float] = []
-        self.since = time.perf_counter()
+        self.epoch_cpu_seconds: list[float] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Training begins, or goes on."""
+        self.since, self.cpu_since = time.perf_counter(), time.process_time()
 
     def __call__(self, epoch: int, training: Any) -> None:
         # The trainer has read the epoch's metrics from the device, which has thus finished.
         self.epoch_seconds.append(time.perf_counter() - self.since)
+        self.epoch_cpu_seconds.append(time.process_time() - self.cpu_since)
         if epoch + 1 >= self.warmup_epochs:
             self.accuracies.append(scoring.accuracy(training.student, self.images).top1)
             self.signals.append(self.held_out.score(training.student))
-        self.since = time.perf_counter()
+        self.begin()
 
 
 def _train(run: Run, teacher: nn.Module, student: nn.Module, scorer: _Scorer, device: torch.device) -> Row:
@@ -182,7 +188,7 @@ def _train(run: Run, teacher: nn.Module, student: nn.Module, scorer: _Scorer, de
     row = _result(run, scorer, trainer, fit)
     return row | {
         "losses_student": [means["loss_student"] for means in trainer.epoch_metrics],
-        "h_prime_quantiles": getattr(trainer, "epoch_h_prime", None),
+        "h_prime_quantiles": [list(quantiles) for quantiles in trainer.epoch_h_prime],
         "agreement": metrics.get("agreement"),
         "h_prime": metrics.get("h_prime"),
     }
@@ -203,7 +209,7 @@ def _train_authors(
 def _result(run: Run, scorer: _Scorer, trainer: Any, fit: Callable[[], None]) -> Row:
     """`fit`, and what both players' rows have."""
     recipe, error = run.recipe, None
-    scorer.since = time.perf_counter()
+    scorer.begin()
     try:
         fit()
     except InvalidInputError:
@@ -220,6 +226,8 @@ def _result(run: Run, scorer: _Scorer, trainer: Any, fit: Callable[[], None]) ->
         "round_to_nearest": scorer.accuracies[0] if recipe.warmup_epochs and scorer.accuracies else None,
         **{f"held_out_{name}": [found[name] for found in scorer.signals] for name in ("agreement", "loss", "kl")},
         "train_seconds": sum(scorer.epoch_seconds),
+        "epoch_seconds": scorer.epoch_seconds,
+        "epoch_cpu_seconds": scorer.epoch_cpu_seconds,
         "steps": trainer.step,
         "images_seen": trainer.step * recipe.batch_size,
         "step_ms": 1e3 * statistics.median(training) / recipe.steps_per_epoch if training else None,
@@ -233,6 +241,7 @@ class Summary:
     Attributes:
         network: model, recipe and bits.
         label: what is varied.
+        rows: one a seed.
         accuracies: of the last epoch, one a seed that did not diverge.
         diverged: how many did.
         round_to_nearest: mean over the seeds.
@@ -241,6 +250,7 @@ class Summary:
 
     network: str
     label: str
+    rows: tuple[Row, ...]
     accuracies: tuple[float, ...]
     diverged: int
     round_to_nearest: float | None
@@ -257,6 +267,11 @@ class Summary:
     def deviation(self) -> float | None:
         """Sample deviation of the accuracies; None with fewer than two."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    def average(self, of: Callable[[Row], float | None]) -> float | None:
+        """Mean of a number over the seeds that did not diverge and have it; None where none has."""
+        values = [value for row in self.rows if row["status"] == "ok" and (value := of(row)) is not None]
+        return statistics.fmean(values) if values else None
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
@@ -275,6 +290,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
             Summary(
                 network=network(first),
                 label=varied if first["player"] == OURS else f"{varied}, authors' code",
+                rows=tuple(found),
                 accuracies=tuple(row["accuracy"] for row in ok),
                 diverged=len(found) - len(ok),
                 round_to_nearest=statistics.fmean(nearest) if nearest else None,

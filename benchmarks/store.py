@@ -162,6 +162,8 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 #: Kind -> fields that rows made before them lack.
 OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "accuracy": {
+        "epoch_seconds": (list,),  # of every epoch, without scoring
+        "epoch_cpu_seconds": (list,),  # the processor's time of the process in it
         "losses_student": (list,),  # mean L_Q of every epoch
         "h_prime_quantiles": (list, NoneType),  # of every epoch: 5, 25, 50, 75 and 95 % of all samples' H'
         # Of adadfq.HeldOut, on generated images: a value beside each of `accuracies`.

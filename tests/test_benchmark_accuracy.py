@@ -96,7 +96,11 @@ def test_rows(trained: Path) -> None:
         assert len(row["accuracies"]) == 3  # after the last epoch of warm-up and both later ones
         assert [len(row[f"held_out_{name}"]) for name in ("agreement", "loss", "kl")] == [3] * 3
         assert all(0 <= value <= 100 for value in row["held_out_agreement"]) and min(row["held_out_kl"]) > 0
-        assert row["player"] == "adadfq" and len(row["losses_student"]) == 4
+        assert row["player"] == "adadfq" and len(row["losses_student"]) == len(row["epoch_cpu_seconds"]) == 4
+        assert sum(row["epoch_seconds"]) == pytest.approx(row["train_seconds"]) and min(row["epoch_cpu_seconds"]) > 0
+        for quantiles in row["h_prime_quantiles"]:
+            assert len(quantiles) == 5 and 0 <= quantiles[0] <= quantiles[2] <= quantiles[4] <= 1
+        assert len(row["h_prime_quantiles"]) == 4
         assert row["round_to_nearest"] == row["accuracies"][0] and row["accuracy"] == row["accuracies"][-1]
         assert 0 < row["step_ms"] * 2 * 3 < 1e3 * row["train_seconds"]
         assert 0 <= row["agreement"] <= 1 and 0 <= row["h_prime"] <= 1
