@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adadfq.errors import InvalidInputError as InvalidInputError
     from adadfq.fusion import fuse as fuse
     from adadfq.fusion import unfuse as unfuse
+    from adadfq.held_out import HeldOut as HeldOut
     from adadfq.models.build import build_model as build_model
     from adadfq.nn import QuantAct as QuantAct
     from adadfq.nn import QuantConv2d as QuantConv2d
@@ -33,6 +34,7 @@ _PUBLIC: dict[str, str | None] = {
     "AdadfqError": "adadfq.errors",
     "BackendError": "adadfq.errors",
     "CheckpointError": "adadfq.errors",
+    "HeldOut": "adadfq.held_out",
     "InvalidInputError": "adadfq.errors",
     "QuantAct": "adadfq.nn",
     "QuantConv2d": "adadfq.nn",

@@ -157,6 +157,8 @@ class Trainer:
         #: The strides that weights came with, while they have others.
         self._strides: dict[nn.Parameter, tuple[int, ...]] | None = None
         self.epoch, self.step = 0, 0
+        #: Means of :data:`adadfq.game.METRICS` over each epoch that this trainer ended.
+        self.epoch_metrics: list[dict[str, float]] = []
         self._directory: Path | None = None
         self._used = False
         #: Quantiles of H' over all samples of an epoch, at :data:`H_PRIME_QUANTILES`; one tuple an epoch.
@@ -366,6 +368,7 @@ class Trainer:
         recipe = self.recipe
         phase = "train" if self.epoch >= recipe.warmup_epochs else "warm-up"
         progress.epoch(self.epoch, phase, means)
+        self.epoch_metrics.append(means)
         self.epoch += 1
         self._rows = []
         self.epoch_h_prime.append(_quantiles(self._h_prime))

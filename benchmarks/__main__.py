@@ -307,11 +307,15 @@ def _integers(_: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.option("--weights", type=click.Path(path_type=Path, dir_okay=False), help="The network's weights.")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Images to score on: see adadfq evaluate.")
 @click.option("--recipe", required=True, metavar="NAME", help="Settings to start from.")
-@click.option("--weight-bits", type=int, required=True)
-@click.option("--act-bits", type=int, required=True)
+@click.option("--bits", required=True, callback=_words, metavar="BITS,...", help="Widths: 4 for 4w4a, or such as 4w8a.")
 @click.option("--seeds", default="1,2,3", callback=_integers, show_default=True, metavar="INT,...")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Of the recipe, for all runs.")
 @click.option("--vary", "variants", multiple=True, metavar='"FIELD=VALUE ..."', help="Of the recipe: one variant each.")
+@click.option(
+    "--authors",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="A checkout of hfutqian/AdaDFQ, whose trainer plays the runs instead.",
+)
 @click.option("--device", "device_name", default="cpu", metavar="cpu|cuda", show_default=True, help="Where to run.")
 @click.option("--threads", default=1, show_default=True, help="PyTorch's threads.")
 @_json
@@ -320,43 +324,45 @@ def accuracy(
     weights: Path | None,
     data: Path,
     recipe: str,
-    weight_bits: int,
-    act_bits: int,
+    bits: tuple[str, ...],
     seeds: tuple[int, ...],
     settings: tuple[str, ...],
     variants: tuple[str, ...],
+    authors: Path | None,
     device_name: str,
     threads: int,
     json_path: Path | None,
 ) -> None:
-    """Train MODEL by variants of a recipe x seeds, and score the last epoch of each run.
+    """Train MODEL by widths x variants of a recipe x seeds, and score the last epoch of each run.
 
     The file is written after every run. Runs that it holds already are not repeated, so that an interrupted grid goes
     on with the same command.
     """
     from adadfq.errors import InvalidInputError
     from benchmarks import store
-    from benchmarks.accuracy import Grid, parse_settings, train_grid
+    from benchmarks.accuracy import check_grid, train_grid
+    from benchmarks.accuracy_grid import Grid, command_line, parse_bits, parse_settings
     from benchmarks.accuracy_report import run_text, text
     from benchmarks.environment import describe, machine, pick_device
 
     varied = tuple(parse_settings(variant.split()) for variant in variants) or ({},)
-    grid = Grid(model, recipe, weight_bits, act_bits, seeds, parse_settings(settings), varied)
-    count = len(grid.runs())  # what does not fit is said before anything is read
+    grid = Grid(model, recipe, parse_bits(bits), seeds, parse_settings(settings), varied)
+    count = len(check_grid(grid, authors))  # what does not fit is said before anything is read
     environment = describe(pick_device(device_name, threads))
-    options = {"set": list(settings), "vary": list(variants), "seeds": list(seeds)}
-    content = store.document("accuracy", environment, options)
+    command = command_line(grid, settings, variants, weights, data, authors, device_name, threads, json_path)
+    content = store.document("accuracy", environment, {"commands": [command]})
     if json_path is not None and json_path.exists():
         before = store.read(json_path)
         if before["kind"] != "accuracy":
             raise InvalidInputError(f"{json_path} holds results of kind {before['kind']!r}: give another file")
         content["rows"] = before["rows"]
+        content["options"]["commands"] = list(dict.fromkeys([*before["options"]["commands"], command]))
     elif json_path is not None:
         store.write(json_path, content)  # a path that cannot be written is found now
     click.echo(f"{machine(environment)}: {count} runs, {len(content['rows'])} rows in the file")
     if environment["native_matches_sources"] is False:
         click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
-    for row in train_grid(grid, weights, data, environment, list(content["rows"])):
+    for row in train_grid(grid, weights, data, environment, list(content["rows"]), authors):
         content["rows"].append(row)
         click.echo(run_text(row))
         if json_path is not None:

@@ -1,4 +1,4 @@
-"""Accuracy by setting: training with a recipe over a grid of settings and seeds.
+"""Accuracy by setting: training with a recipe over a grid of widths, settings and seeds.
 
 The images only score. The last epoch is the result; accuracies of the epochs before it are kept and choose nothing.
 """
@@ -8,107 +8,37 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import nn
 
 import adadfq
 from adadfq import files, scoring
 from adadfq.checkpoint import load_weights, read_state_dict
-from adadfq.cli import recipe_options
 from adadfq.errors import AdadfqError, InvalidInputError
 from adadfq.models import BUILTINS
+from benchmarks.accuracy_grid import Grid, Run, public_name
+from benchmarks.authors_training import AuthorsTraining
+from benchmarks.authors_training import check as check_authors
 
 Row = dict[str, Any]
 
+#: Of :class:`adadfq.HeldOut`: a minute for ResNet-20 at 32 pixels on one thread.
+HELD_OUT = {"images": 1024, "steps": 200, "batch_size": 32, "seed": 0}
+
+#: Who trains: this project, or the authors' code.
+OURS, AUTHORS = "adadfq", "authors"
+
 #: Fields that tell runs apart. The commit is not among them: a grid goes on after a change elsewhere.
 IDENTITY = (
-    *("model", "weights_sha256", "data", "images", "recipe", "weight_bits", "act_bits", "settings", "seed"),
+    *("player", "model", "weights_sha256", "data", "images", "recipe", "weight_bits", "act_bits", "settings", "seed"),
     *("device", "threads"),
 )
-
-
-def parse_settings(items: Iterable[str]) -> dict[str, Any]:
-    """``field=value`` of a recipe, with the values as ``adadfq quantize`` reads its options.
-
-    Raises:
-        InvalidInputError: no such field, a field twice, or a value of the wrong type.
-    """
-    options = {option.name: option for option in recipe_options()}
-    settings: dict[str, Any] = {}
-    for item in items:
-        name, equals, text = item.partition("=")
-        if not equals or name not in options:
-            raise InvalidInputError(
-                f"expected field=value with a field of the recipe, got {item!r}; the fields are "
-                f"{', '.join(sorted(map(str, options)))}"
-            )
-        if name in settings:
-            raise InvalidInputError(f"{name} is set twice: give it once")
-        try:
-            settings[name] = options[name].type.convert(text, options[name], None)
-        except click.BadParameter as error:
-            raise InvalidInputError(f"{item}: {error.message}") from error
-    return settings
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training. `settings` are those that differ from the named recipe, `variant` those the grid varies."""
-
-    recipe: adadfq.Recipe
-    settings: dict[str, Any]
-    variant: dict[str, Any]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Variants of a recipe x seeds.
-
-    Attributes:
-        settings: fields of the recipe for all runs.
-        variants: fields of the recipe for one variant each.
-    """
-
-    model: str
-    recipe: str
-    weight_bits: int
-    act_bits: int
-    seeds: tuple[int, ...]
-    settings: Mapping[str, Any]
-    variants: tuple[Mapping[str, Any], ...] = ({},)
-
-    def runs(self) -> list[Run]:
-        """All runs: the first seed of every variant, then the second.
-
-        Raises:
-            InvalidInputError: the recipe refuses a setting, two runs are the same, or one field is both in `settings`
-                and in a variant.
-        """
-        base = adadfq.Recipe.named(self.recipe, weight_bits=self.weight_bits)
-        runs: list[Run] = []
-        for seed in self.seeds:
-            if seed < 0:
-                raise InvalidInputError(f"seeds must be at least 0, got {seed}")
-            for variant in self.variants:
-                if both := sorted(set(variant) & set(self.settings)):
-                    raise InvalidInputError(f"{', '.join(both)} is set for all runs and varied: leave one out")
-                recipe = adadfq.Recipe.named(self.recipe, weight_bits=self.weight_bits, **{**self.settings, **variant})
-                usual, ours = base.to_dict(), recipe.to_dict()
-                settings = {name: value for name, value in ours.items() if value != usual[name]}
-                run = Run(recipe, settings, {name: ours[name] for name in variant}, seed)
-                if any((run.settings, run.seed) == (other.settings, other.seed) for other in runs):
-                    raise InvalidInputError(f"two runs are the same: seed {seed} with {settings or 'nothing changed'}")
-                runs.append(run)
-        if not runs:
-            raise InvalidInputError("the grid is empty: give at least one seed")
-        return runs
 
 
 def key(row: Mapping[str, Any]) -> str:
@@ -131,91 +61,157 @@ def load_teacher(model: str, weights: Path | None, num_classes: int) -> nn.Modul
     return teacher.eval()
 
 
+class _Teacher:
+    """The float network for one shape of images, its accuracy, and what its students are scored on."""
+
+    def __init__(self, model: str, weights: Path | None, data: Path, recipe: adadfq.Recipe, device: torch.device):
+        self.images = scoring.open_images(
+            data, recipe.image_size, recipe.num_classes, recipe.mean, recipe.std, recipe.image_channels
+        )
+        self.network = load_teacher(model, weights, recipe.num_classes)
+        self.accuracy = scoring.accuracy(self.network, self.images, device=device).top1
+        self._shape = {
+            name: getattr(recipe, name)
+            for name in ("num_classes", "image_size", "image_channels", "mean", "std", "generator")
+        }
+
+    @cached_property
+    def held_out(self) -> adadfq.HeldOut:
+        """Of the shape alone: rows of all recipes and settings can be compared."""
+        return adadfq.HeldOut(self.network, adadfq.Recipe(name="held out", **self._shape), **HELD_OUT)
+
+
 def train_grid(
     grid: Grid,
     weights: Path | None,
     data: Path,
     environment: Mapping[str, Any],
     done: Iterable[Mapping[str, Any]] = (),
+    authors: Path | None = None,
 ) -> Iterator[Row]:
     """Train what is not among `done`; a row a run, see :data:`benchmarks.store.FIELDS`, as soon as it is there.
 
+    Args:
+        authors: a checkout of the authors' code, which then trains in this project's place.
+
     Raises:
-        InvalidInputError: model, weights, recipe and images do not fit together.
+        InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting.
         KeyboardInterrupt: a run was interrupted; it has no row.
     """
-    runs = grid.runs()
+    runs = check_grid(grid, authors)
     known = {key(row) for row in done}
-    teachers: dict[Any, tuple[nn.Module, scoring.ScoringSet, float]] = {}
+    teachers: dict[Any, _Teacher] = {}
     digest = None if weights is None else files.sha256(weights)
+    device = torch.device(environment["device"])
     for run in runs:
         recipe = run.recipe
         inputs = (recipe.num_classes, recipe.image_size, recipe.image_channels, recipe.mean, recipe.std)
         if inputs not in teachers:
-            images = scoring.open_images(
-                data, recipe.image_size, recipe.num_classes, recipe.mean, recipe.std, recipe.image_channels
-            )
-            teacher = load_teacher(grid.model, weights, recipe.num_classes)
-            score = scoring.accuracy(teacher, images, device=environment["device"]).top1
-            teachers[inputs] = (teacher, images, score)
-        teacher, images, score = teachers[inputs]
+            teachers[inputs] = _Teacher(grid.model, weights, data, recipe, device)
+        teacher = teachers[inputs]
         row = {
-            "model": _public_name(grid.model),
+            "player": OURS if authors is None else AUTHORS,
+            "model": public_name(grid.model),
             "weights": None if weights is None else weights.name,
             "weights_sha256": digest,
             "data": data.name,
-            "images": len(images),
+            "images": len(teacher.images),
             "recipe": grid.recipe,
-            "weight_bits": grid.weight_bits,
-            "act_bits": grid.act_bits,
+            "weight_bits": run.weight_bits,
+            "act_bits": run.act_bits,
             "settings": run.settings,
             "variant": run.variant,
             "seed": run.seed,
-            "teacher_accuracy": score,
+            "teacher_accuracy": teacher.accuracy,
             **environment,
         }
-        if key(row) not in known:
-            student = adadfq.quantize(teacher, grid.weight_bits, grid.act_bits)
-            yield row | _train(run, teacher, student, images, torch.device(environment["device"]))
+        if key(row) in known:
+            continue
+        scorer = _Scorer(teacher.images, teacher.held_out, recipe.warmup_epochs)
+        student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
+        if authors is None:
+            yield row | _train(run, teacher.network, student, scorer, device)
+        else:
+            yield row | _train_authors(run, teacher.network, student, scorer, device, authors)
 
 
-def _public_name(model: str) -> str:
-    """``file.py:callable`` without the file's folder."""
-    file, colon, name = model.rpartition(":")
-    return f"{Path(file).name}:{name}" if colon and file.endswith(".py") else model
+def check_grid(grid: Grid, authors: Path | None) -> list[Run]:
+    """The grid's runs.
+
+    Raises:
+        InvalidInputError: see :meth:`benchmarks.accuracy_grid.Grid.runs`, or the authors' code lacks a setting.
+    """
+    runs = grid.runs()
+    for run in runs if authors is not None else ():
+        check_authors(run.recipe)
+    return runs
 
 
 class _Scorer:
     """Scores the student after the last epoch of warm-up and every later one; its time is none of training's."""
 
-    def __init__(self, images: scoring.ScoringSet) -> None:
-        self.images = images
+    def __init__(self, images: scoring.ScoringSet, held_out: adadfq.HeldOut, warmup_epochs: int) -> None:
+        self.images, self.held_out, self.warmup_epochs = images, held_out, warmup_epochs
         self.accuracies: list[float] = []
+        self.signals: list[dict[str, float]] = []
         self.epoch_seconds: list[float] = []
-        self.since = time.perf_counter()
+        self.epoch_cpu_seconds: list[float] = []
+        self.begin()
 
-    def __call__(self, epoch: int, trainer: adadfq.Trainer) -> None:
+    def begin(self) -> None:
+        """Training begins, or goes on."""
+        self.since, self.cpu_since = time.perf_counter(), time.process_time()
+
+    def __call__(self, epoch: int, training: Any) -> None:
         # The trainer has read the epoch's metrics from the device, which has thus finished.
         self.epoch_seconds.append(time.perf_counter() - self.since)
-        if epoch + 1 >= trainer.recipe.warmup_epochs:
-            self.accuracies.append(scoring.accuracy(trainer.student, self.images).top1)
-        self.since = time.perf_counter()
+        self.epoch_cpu_seconds.append(time.process_time() - self.cpu_since)
+        if epoch + 1 >= self.warmup_epochs:
+            self.accuracies.append(scoring.accuracy(training.student, self.images).top1)
+            self.signals.append(self.held_out.score(training.student))
+        self.begin()
 
 
-def _train(run: Run, teacher: nn.Module, student: nn.Module, images: scoring.ScoringSet, device: torch.device) -> Row:
-    recipe = run.recipe
-    scorer = _Scorer(images)
+def _train(run: Run, teacher: nn.Module, student: nn.Module, scorer: _Scorer, device: torch.device) -> Row:
     trainer = adadfq.Trainer(
-        teacher, student, recipe, seed=run.seed, device=device, progress=False, on_epoch_end=scorer
+        teacher, student, run.recipe, seed=run.seed, device=device, progress=False, on_epoch_end=scorer
     )
-    scorer.since = time.perf_counter()
     metrics: Mapping[str, float] = {}
-    error = None
-    try:
+
+    def fit() -> None:
+        nonlocal metrics
         result = trainer.fit()
         if result.status != "complete":
             raise KeyboardInterrupt
         metrics = result.metrics
+
+    row = _result(run, scorer, trainer, fit)
+    return row | {
+        "losses_student": [means["loss_student"] for means in trainer.epoch_metrics],
+        "h_prime_quantiles": [list(quantiles) for quantiles in trainer.epoch_h_prime],
+        "agreement": metrics.get("agreement"),
+        "h_prime": metrics.get("h_prime"),
+    }
+
+
+def _train_authors(
+    run: Run, teacher: nn.Module, student: nn.Module, scorer: _Scorer, device: torch.device, checkout: Path
+) -> Row:
+    training = AuthorsTraining(
+        teacher, student, run.recipe, seed=run.seed, device=device, checkout=checkout, on_epoch_end=scorer
+    )
+    row = _result(run, scorer, training, training.fit)
+    # Their trainer keeps neither of H' nor of the agreement.
+    missing = {"h_prime_quantiles": None, "agreement": None, "h_prime": None}
+    return row | {"losses_student": training.losses_student, **missing}
+
+
+def _result(run: Run, scorer: _Scorer, trainer: Any, fit: Callable[[], None]) -> Row:
+    """`fit`, and what both players' rows have."""
+    recipe, error = run.recipe, None
+    scorer.begin()
+    try:
+        fit()
     except InvalidInputError:
         raise
     except AdadfqError as diverged:
@@ -228,12 +224,13 @@ def _train(run: Run, teacher: nn.Module, student: nn.Module, images: scoring.Sco
         "accuracy": scorer.accuracies[-1] if error is None else None,
         # As warm-up leaves it: weights untouched, ranges calibrated on generated images.
         "round_to_nearest": scorer.accuracies[0] if recipe.warmup_epochs and scorer.accuracies else None,
+        **{f"held_out_{name}": [found[name] for found in scorer.signals] for name in ("agreement", "loss", "kl")},
         "train_seconds": sum(scorer.epoch_seconds),
+        "epoch_seconds": scorer.epoch_seconds,
+        "epoch_cpu_seconds": scorer.epoch_cpu_seconds,
         "steps": trainer.step,
         "images_seen": trainer.step * recipe.batch_size,
         "step_ms": 1e3 * statistics.median(training) / recipe.steps_per_epoch if training else None,
-        "agreement": metrics.get("agreement"),
-        "h_prime": metrics.get("h_prime"),
     }
 
 
@@ -244,6 +241,7 @@ class Summary:
     Attributes:
         network: model, recipe and bits.
         label: what is varied.
+        rows: one a seed.
         accuracies: of the last epoch, one a seed that did not diverge.
         diverged: how many did.
         round_to_nearest: mean over the seeds.
@@ -252,6 +250,7 @@ class Summary:
 
     network: str
     label: str
+    rows: tuple[Row, ...]
     accuracies: tuple[float, ...]
     diverged: int
     round_to_nearest: float | None
@@ -269,6 +268,11 @@ class Summary:
         """Sample deviation of the accuracies; None with fewer than two."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
+    def average(self, of: Callable[[Row], float | None]) -> float | None:
+        """Mean of a number over the seeds that did not diverge and have it; None where none has."""
+        values = [value for row in self.rows if row["status"] == "ok" and (value := of(row)) is not None]
+        return statistics.fmean(values) if values else None
+
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
     """Rows by variant, in the order of their first rows."""
@@ -285,7 +289,8 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         summaries.append(
             Summary(
                 network=network(first),
-                label=varied,
+                label=varied if first["player"] == OURS else f"{varied}, authors' code",
+                rows=tuple(found),
                 accuracies=tuple(row["accuracy"] for row in ok),
                 diverged=len(found) - len(ok),
                 round_to_nearest=statistics.fmean(nearest) if nearest else None,

@@ -83,6 +83,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     # Of benchmarks/accuracy.py: a training. Accuracies are in percent, None where training diverged.
     "accuracy": {
+        "player": (str,),  # benchmarks.accuracy.OURS or AUTHORS
         "model": (str,),
         "weights": (str, NoneType),
         "weights_sha256": (str, NoneType),
@@ -158,6 +159,19 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "shared_bytes": (int,),
     },
 }
+#: Kind -> fields that rows made before them lack.
+OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "accuracy": {
+        "epoch_seconds": (list,),  # of every epoch, without scoring
+        "epoch_cpu_seconds": (list,),  # the processor's time of the process in it
+        "losses_student": (list,),  # mean L_Q of every epoch
+        "h_prime_quantiles": (list, NoneType),  # of every epoch: 5, 25, 50, 75 and 95 % of all samples' H'
+        # Of adadfq.HeldOut, on generated images: a value beside each of `accuracies`.
+        "held_out_agreement": (list,),
+        "held_out_loss": (list,),
+        "held_out_kl": (list,),
+    }
+}
 #: Kinds whose rows have a status and, where it is "ok", a time.
 TIMED = ("ops", "step")
 STATUSES = ("ok", "wrong", "unavailable")
@@ -224,7 +238,9 @@ def validate(content: Any, name: str) -> None:
     for i, row in enumerate(content["rows"]):
         if not isinstance(row, dict):
             raise InvalidInputError(f"{name}: row {i} must be a dict, got {row!r}")
-        _check_fields(row, FIELDS[content["kind"]], f"{name}: row {i}")
+        later = OPTIONAL_FIELDS.get(content["kind"], {})
+        expected = FIELDS[content["kind"]] | {key: types for key, types in later.items() if key in row}
+        _check_fields(row, expected, f"{name}: row {i}")
         if content["kind"] not in TIMED:
             continue
         if row["status"] not in STATUSES:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import statistics
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from torch import Tensor, nn
 
 import adadfq
 from adadfq.demo import digits
 from adadfq.errors import AdadfqError, InvalidInputError
 from benchmarks import accuracy, accuracy_report, plot, readme, store
 from benchmarks.__main__ import main
-from benchmarks.accuracy import Grid, parse_settings, summarize
+from benchmarks.accuracy import summarize
+from benchmarks.accuracy_grid import Grid, parse_bits, parse_settings
+from benchmarks.authors_training import AuthorsTraining
 
 pytest.importorskip("sklearn")
 
@@ -24,6 +32,13 @@ DIGITS = "adadfq.demo.digits:DigitsNet"
 IMAGES = 100
 SET = {"batch_size": 8, "epochs": 4, "steps_per_epoch": 3, "warmup_epochs": 2, "calibration_epochs": 2}
 VARIANTS = ("lr_student=0.002", "lr_student=0.001 precision=bfloat16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out_images() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "HELD_OUT", {"images": 20, "steps": 3, "batch_size": 8})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +54,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, json_path: Path | None, *more: str, seeds: str = "1,2", variants: Any = VARIANTS) -> Result:
     arguments = ["accuracy", DIGITS, "--weights", str(digits.WEIGHTS), "--data", str(folder / "images.npz")]
-    arguments += ["--recipe", "digits", "--weight-bits", "2", "--act-bits", "4", "--seeds", seeds]
+    arguments += ["--recipe", "digits", "--bits", "2w4a", "--seeds", seeds]
     for name, value in SET.items():
         arguments += ["--set", f"{name}={value}"]
     for variant in variants:
@@ -79,6 +94,13 @@ def test_rows(trained: Path) -> None:
         assert row["images"] == IMAGES and row["status"] == "ok"
         assert (row["steps"], row["images_seen"]) == (12, 96)
         assert len(row["accuracies"]) == 3  # after the last epoch of warm-up and both later ones
+        assert [len(row[f"held_out_{name}"]) for name in ("agreement", "loss", "kl")] == [3] * 3
+        assert all(0 <= value <= 100 for value in row["held_out_agreement"]) and min(row["held_out_kl"]) > 0
+        assert row["player"] == "adadfq" and len(row["losses_student"]) == len(row["epoch_cpu_seconds"]) == 4
+        assert sum(row["epoch_seconds"]) == pytest.approx(row["train_seconds"]) and min(row["epoch_cpu_seconds"]) > 0
+        for quantiles in row["h_prime_quantiles"]:
+            assert len(quantiles) == 5 and 0 <= quantiles[0] <= quantiles[2] <= quantiles[4] <= 1
+        assert len(row["h_prime_quantiles"]) == 4
         assert row["round_to_nearest"] == row["accuracies"][0] and row["accuracy"] == row["accuracies"][-1]
         assert 0 < row["step_ms"] * 2 * 3 < 1e3 * row["train_seconds"]
         assert 0 <= row["agreement"] <= 1 and 0 <= row["h_prime"] <= 1
@@ -94,6 +116,12 @@ def test_a_row_is_what_the_trainer_gives(trained: Path) -> None:
     result = adadfq.Trainer(teacher, student, recipe, seed=2, progress=False).fit()
     images, labels = digits.load_images(held_out=True)
     assert digits.accuracy(student, images[:IMAGES], labels[:IMAGES]) == pytest.approx(row["accuracy"])
+    # The measures without data are of the teacher's shape alone, not of the run.
+    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits"), **accuracy.HELD_OUT).score(student)
+    assert held_out["agreement"] == pytest.approx(row["held_out_agreement"][-1])
+    assert held_out["loss"] == pytest.approx(row["held_out_loss"][-1])
+    assert held_out["kl"] == pytest.approx(row["held_out_kl"][-1])
+    assert result.metrics["loss_student"] == pytest.approx(row["losses_student"][-1])
     assert result.metrics["agreement"] == pytest.approx(row["agreement"])
     assert result.metrics["h_prime"] == pytest.approx(row["h_prime"])
 
@@ -107,6 +135,14 @@ def test_scoring_is_no_time_of_training(files: Path, monkeypatch: pytest.MonkeyP
         return scored(model, images)
 
     scored = accuracy.scoring.accuracy
+
+    def slow_signals(held_out: Any, student: Any) -> Any:
+        nonlocal clock
+        clock += 1000
+        return score(held_out, student)
+
+    score = adadfq.HeldOut.score
+    monkeypatch.setattr(adadfq.HeldOut, "score", slow_signals)
     monkeypatch.setattr(accuracy.scoring, "accuracy", slow)
     play = adadfq.Trainer.play
 
@@ -117,7 +153,7 @@ def test_scoring_is_no_time_of_training(files: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(adadfq.Trainer, "play", timed)
     monkeypatch.setattr(accuracy.time, "perf_counter", lambda: clock)
-    grid = Grid(f"{files / 'net.py'}:load_teacher", "digits", 4, 4, (1,), SET)
+    grid = Grid(f"{files / 'net.py'}:load_teacher", "digits", ((4, 4),), (1,), SET)
     (row,) = accuracy.train_grid(grid, None, files / "images.npz", {"device": "cpu", "threads": 1})
     assert row["train_seconds"] == 6 * 0.125 + 6 * 0.25 and row["step_ms"] == 250
     assert row["variant"] == {} and (row["weights"], row["weights_sha256"]) == (None, None)
@@ -155,7 +191,7 @@ def test_an_interrupted_grid_goes_on(
     assert again.exit_code == 0 and "4 rows in the file" in again.output and path.read_bytes() == content
     # Other bits are other runs, in the same file.
     monkeypatch.undo()
-    assert run(files, path, "--act-bits", "5", seeds="1", variants=VARIANTS[:1]).exit_code == 0
+    assert run(files, path, "--bits", "2w5a", seeds="1", variants=VARIANTS[:1]).exit_code == 0
     assert [row["act_bits"] for row in store.read(path)["rows"]] == [4, 4, 4, 4, 5]
     text = accuracy_report.block(path, store.read(path))
     assert text.count("| setting |") == 2 and "5-bit activations" in text
@@ -188,6 +224,9 @@ def test_nothing_names_a_path(trained: Path, files: Path) -> None:
     assert str(files) not in text and str(digits.WEIGHTS.parent) not in text and str(trained.parent) not in text
     row = json.loads(text)["rows"][0]
     assert (row["model"], row["weights"], row["data"]) == (DIGITS, "digits.safetensors", "images.npz")
+    (command,) = json.loads(text)["options"]["commands"]
+    assert command.startswith(f"python -m benchmarks accuracy {DIGITS} --recipe digits --bits 2w4a --seeds 1,2 --set ")
+    assert "--vary 'lr_student=0.001 precision=bfloat16' --weights digits.safetensors --data images.npz" in command
     assert len(row["weights_sha256"]) == 64
 
 
@@ -229,6 +268,19 @@ def test_readme_has_a_section_where_there_is_a_file(trained: Path, tmp_path: Pat
         plot.plot(content, "empty", tmp_path)
 
 
+def test_a_grid_is_widths_by_variants_by_seeds() -> None:
+    grid = Grid(DIGITS, "digits", parse_bits(["3", "4w5a"]), (1, 2), {}, ({"lr_student": 1e-3}, {"gamma": 2.0}))
+    found = [(run.seed, run.weight_bits, run.act_bits, run.variant) for run in grid.runs()]
+    assert found == [
+        (seed, *bits, variant)
+        for seed in (1, 2)
+        for bits in ((3, 3), (4, 5))
+        for variant in ({"lr_student": 1e-3}, {"gamma": 2.0})
+    ]
+    with pytest.raises(InvalidInputError, match="at least one seed and one width"):
+        Grid(DIGITS, "digits", (), (1,), {}).runs()
+
+
 def test_settings_are_read_as_the_options_of_quantize() -> None:
     found = parse_settings(
         ["epochs=8", "lr_student=4e-4", "nesterov=false", "lr_milestones=10,20", "precision=bfloat16"]
@@ -254,7 +306,10 @@ def test_settings_are_read_as_the_options_of_quantize() -> None:
         (("--vary", VARIANTS[0]), "two runs are the same: seed 1"),
         (("--seeds", "1,1"), "two runs are the same: seed 1"),
         (("--seeds", "-1"), "seeds must be at least 0"),
-        (("--weight-bits", "9"), "weight_bits"),
+        (("--bits", "9"), "weight_bits must be 2..8"),
+        (("--bits", "4w9a"), "act_bits must be 2..8"),
+        (("--bits", "4a4w"), "bits must be such as 4, or 4w8a with other activations, got '4a4w'"),
+        (("--bits", "2,2w2a"), "two runs are the same: seed 1, 2w2a"),
         (("--threads", "0"), "threads must be at least 1"),
         (("--data", "absent.zip"), "absent.zip does not exist"),
         (("--recipe", "cifar1000"), "recipe must be one of"),
@@ -277,3 +332,105 @@ def test_files_of_another_kind_are_not_written_over(files: Path, trained: Path, 
 def test_a_built_in_needs_weights() -> None:
     with pytest.raises(InvalidInputError, match="give them with --weights"):
         accuracy.load_teacher("resnet20", None, 10)
+
+
+# ---------------------------------------------------------------------------------------------------- the authors' code
+
+
+@pytest.fixture(scope="module")
+def checkout() -> Path:
+    if not (path := os.environ.get("ADADFQ_TEST_AUTHORS")):
+        pytest.skip("ADADFQ_TEST_AUTHORS does not name a checkout of hfutqian/AdaDFQ")
+    return Path(path)
+
+
+def test_the_authors_train(files: Path, checkout: Path, tmp_path: Path) -> None:
+    path = tmp_path / "side-by-side.json"
+    before = (list(sys.path), Tensor.cuda, nn.Module.cuda)
+    epochs = ("--set", "warmup_epochs=1", "--set", "epochs=2", "--set", "steps_per_epoch=40", "--set", "batch_size=16")
+    arguments = ["accuracy", DIGITS, "--weights", str(digits.WEIGHTS), "--data", str(files / "images.npz"), *epochs]
+    arguments += ["--recipe", "digits", "--bits", "4,5", "--seeds", "1", "--json", str(path)]
+    result = CliRunner().invoke(main, [*arguments, "--authors", str(checkout)])
+    assert result.exit_code == 0, result.output
+    assert (sys.path, Tensor.cuda, nn.Module.cuda) == before
+    rows = store.read(path)["rows"]
+    assert [(row["player"], row["weight_bits"]) for row in rows] == [("authors", 4), ("authors", 5)]
+    for row in rows:
+        assert (row["status"], row["steps"], row["images_seen"]) == ("ok", 80, 1280)
+        assert len(row["accuracies"]) == len(row["losses_student"]) == 2
+        assert row["accuracy"] > 80 and row["train_seconds"] > 0
+    # Ours go into the same file.
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert [row["player"] for row in store.read(path)["rows"]] == ["authors"] * 2 + ["adadfq"] * 2
+    assert [summary.label for summary in summarize(store.read(path)["rows"])][1:3] == [
+        "as set, authors' code",
+        "as set",
+    ]
+
+
+def test_a_run_of_the_authors(checkout: Path) -> None:
+    """Ranges move in the first epochs alone, weights after warm-up alone, and a seed is a run."""
+    teacher = digits.load_teacher()
+    recipe = adadfq.Recipe.named("digits", epochs=4, steps_per_epoch=3, warmup_epochs=3, calibration_epochs=2)
+
+    def train(seed: int, **changes: Any) -> tuple[AuthorsTraining, list[Tensor], list[Tensor]]:
+        weights, ranges = [], []
+
+        def look(_: int, training: AuthorsTraining) -> None:
+            weights.append(torch.cat([p.detach().flatten() for p in training.student.parameters()]))
+            ranges.append(torch.cat([b.flatten() for name, b in training.student.named_buffers() if "x_m" in name]))
+
+        training = AuthorsTraining(
+            teacher,
+            adadfq.quantize(teacher, 4, 4),
+            recipe.replace(**changes),
+            seed=seed,
+            device=torch.device("cpu"),
+            checkout=checkout,
+            on_epoch_end=look,
+        )
+        training.fit()
+        return training, weights, ranges
+
+    state = torch.random.get_rng_state()
+    training, weights, ranges = train(1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert training.step == 12 and len(training.losses_student) == 4
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [True, True, False]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(ranges)] == [False, True, True]
+    assert torch.equal(train(1)[1][-1], weights[-1]) and not torch.equal(train(2)[1][-1], weights[-1])
+    assert torch.equal(train(1, lr_milestones=())[1][-1], weights[-1])
+    assert not torch.equal(train(1, lr_milestones=(3,))[1][-1], weights[-1])
+    assert not any(p.requires_grad is False for p in training.student.parameters())
+
+
+def test_divergence_of_the_authors_is_said(checkout: Path) -> None:
+    teacher = digits.load_teacher()
+    recipe = adadfq.Recipe.named("digits", epochs=2, steps_per_epoch=3, warmup_epochs=0, lr_student=1e30)
+    training = AuthorsTraining(
+        teacher, adadfq.quantize(teacher, 4, 4), recipe, seed=1, device=torch.device("cpu"), checkout=checkout
+    )
+    with pytest.raises(AdadfqError, match="in epoch 1: training diverged"):
+        training.fit()
+    assert training.losses_student == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("precision=bfloat16", "knows no precision=bfloat16: leave it at float32"),
+        ("detach_min=true", "knows no detach_min=True"),
+        ("nesterov=false", "knows no nesterov=False"),
+        ("lr_milestones=1", "lr_milestones"),
+    ],
+)
+def test_what_the_authors_lack_is_refused_by_name(files: Path, tmp_path: Path, setting: str, message: str) -> None:
+    result = run(files, None, "--authors", str(tmp_path), "--set", setting, variants=())
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_a_checkout_must_be_theirs(files: Path, tmp_path: Path) -> None:
+    result = run(files, None, "--authors", str(tmp_path), variants=())
+    assert result.exit_code == 2 and "CIFAR/main.py is missing" in result.output
+    result = run(files, None, "--authors", str(tmp_path), "--set", "temperature=10", variants=())
+    assert result.exit_code == 2 and "has temperature 20, the recipe 10" in result.output

@@ -22,7 +22,7 @@ import adadfq
 from adadfq.errors import InvalidInputError
 from adadfq.game import Game
 from benchmarks import (
-    authors,
+    authors_code,
     breakdown,
     classifiers,
     contest,
@@ -233,11 +233,11 @@ def test_their_files_are_mended_where_expected(tmp_path: Path) -> None:
         "import torch\niters = 200\ndef zeros(teacher_out):\n    return torch.zeros(16).double()\n"
     )
     found: dict[str, Any] = {}
-    exec(authors._mended(folder, "trainer.py"), found)
+    exec(authors_code.mended(folder, "trainer.py", 1), found)
     assert found["iters"] == 1 and found["zeros"](range(3)).shape == (3,)
     (folder / "trainer.py").write_text("iters = 100\n")
     with pytest.raises(InvalidInputError, match="iters = 200 and no torch.zeros"):
-        authors._mended(folder, "trainer.py")
+        authors_code.mended(folder, "trainer.py", 1)
 
 
 def test_imports_from_a_checkout_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_imports_from_a_checkout_leave_nothing(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "utils" / "__init__.py").write_text("from utils.part import value\n")
     (tmp_path / "utils" / "part.py").write_text("value = 1\n")
     before = (list(sys.path), set(sys.modules))
-    with authors._importing_from(tmp_path):
+    with authors_code.importing_from(tmp_path):
         import utils
 
         assert utils.value == 1

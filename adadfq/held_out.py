@@ -1,0 +1,178 @@
+"""Judging a student without data: generated images held out from every training, and the teacher's logits on them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adadfq import checks, functional
+from adadfq.errors import InvalidInputError
+from adadfq.fusion import fuse, is_fused
+from adadfq.game import BatchNormMatch
+from adadfq.generator import build_generator
+from adadfq.nn import frozen_ranges
+from adadfq.players import check_network
+from adadfq.recipe import Recipe
+
+__all__ = ["HeldOut"]
+
+#: Generators that give the images, in equal shares.
+GENERATORS = 2
+#: Images the networks see at once.
+BATCH = 64
+
+
+class HeldOut:
+    """A fixed set of generated images that no student is trained on: the only measure of a result without data.
+
+    Fresh generators are trained on the teacher alone, L = CE(t, y) + gamma L_bns, with no student to play against; the
+    images are those they make in the second half of that training, equally many of each step. A student that agrees
+    with its teacher there has kept more of it: the measures order results, they are no accuracies. The same teacher,
+    recipe, sizes and seed give the same images on the same machine and number of threads; no training that has the
+    same seed has anything in common with them.
+
+    Args:
+        teacher: float classifier with BatchNorm; a frozen copy is used, on the device where the teacher is.
+        recipe: shapes, generator, its learning rate and `adam_betas`, `gamma`, and the temperature of :meth:`score`.
+        images: how many, at most half of ``GENERATORS * steps * batch_size``.
+        seed: of the generators, the noise and the labels.
+        steps: of each generator's training.
+        batch_size: of each step.
+
+    Attributes:
+        images: float16 [N, C, S, S], normalised as the teacher's input.
+        logits: the teacher's on them, float32 [N, K].
+
+    Raises:
+        InvalidInputError: the teacher has no BatchNorm, does not fit the recipe or is not finite, or more images are
+            asked for than the steps can give.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        recipe: Recipe,
+        images: int = 1024,
+        seed: int = 0,
+        *,
+        steps: int = 200,
+        batch_size: int = 32,
+    ) -> None:
+        check_network("teacher", teacher)
+        for name, value in (("images", images), ("steps", steps), ("batch_size", batch_size)):
+            checks.check_number(name, value, 1)
+        taken = steps - steps // 2
+        if images > GENERATORS * (most := taken * batch_size):
+            raise InvalidInputError(
+                f"{GENERATORS} generators of {steps} steps at batch {batch_size} give at most {GENERATORS * most} "
+                f"images, {images} were asked for: give more steps"
+            )
+        self.recipe, self.seed = recipe, seed
+        self._device = next(teacher.parameters()).device
+        frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self._teacher = frozen if is_fused(frozen) else _fused(frozen)
+        shares = [images // GENERATORS + (i < images % GENERATORS) for i in range(GENERATORS)]
+        kept = [self._generate(i, share, steps, batch_size) for i, share in enumerate(shares) if share]
+        self.images = torch.cat(kept)
+        with torch.no_grad():
+            self.logits = torch.cat([self._teacher(_ready(x, self._device)).float() for x in self.images.split(BATCH)])
+        if not bool(self.logits.isfinite().all()):
+            raise InvalidInputError("the teacher's logits on generated images are not finite: check its weights")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _generate(self, index: int, count: int, steps: int, batch_size: int) -> Tensor:
+        """`count` images of one generator, float16: equally many of each step of the second half, to within one."""
+        recipe = self.recipe
+        seed = _seed(self.seed, index)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            generator = build_generator(recipe)
+        generator = generator.to(self._device).train()
+        random = torch.Generator(self._device).manual_seed(seed)
+        optimizer = torch.optim.Adam(
+            generator.parameters(), lr=recipe.lr_generator, betas=(recipe.adam_betas[0], recipe.adam_betas[1])
+        )
+        matching = BatchNormMatch(self._teacher)
+        first, kept = steps // 2, []
+        for step in range(steps):
+            noise = torch.randn(batch_size, recipe.latent_dim, generator=random, device=self._device)
+            labels = torch.randint(recipe.num_classes, (batch_size,), generator=random, device=self._device)
+            images = generator(noise, labels).contiguous(memory_format=torch.channels_last)
+            with matching.watching():
+                logits = _checked(self._teacher(images), batch_size, recipe)
+            loss = F.cross_entropy(logits.float(), labels) + recipe.gamma * matching.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step >= first:
+                place, of = step - first, steps - first
+                share = (place + 1) * count // of - place * count // of
+                kept.append(images.detach()[:share].half().contiguous())
+        return torch.cat(kept)
+
+    def score(self, student: nn.Module) -> dict[str, float]:
+        """How close a network is to the teacher on the held-out images.
+
+        It runs where it is, in eval mode, without gradients and without moving a range; every module's mode is
+        restored.
+
+        Args:
+            student: any network with the teacher's classes; nothing of it is changed.
+
+        Returns:
+            ``agreement``: images, in percent, of which both name the same class; one whose logits hold a NaN agrees
+            with nothing. ``loss``: mean L_Q at the recipe's temperature, in nats, between -T^2 log K (q = t up to a
+            constant) and 0. ``kl``: mean KL(softmax(t) || softmax(q)), in nats.
+
+        Raises:
+            InvalidInputError: the logits are not [B, K].
+        """
+        device = next((p.device for p in student.parameters()), self._device)
+        modes = [(module, module.training) for module in student.modules()]
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        student.eval()
+        try:
+            with frozen_ranges(student), torch.no_grad():
+                for batch, logits in zip(self.images.split(BATCH), self.logits.split(BATCH), strict=True):
+                    teacher = logits.to(device)
+                    theirs = _checked(student(_ready(batch, device)), len(batch), self.recipe).float()
+                    same = (teacher.argmax(1) == theirs.argmax(1)) & ~theirs.isnan().any(1)
+                    loss = functional.entropy_distillation(teacher, theirs, self.recipe.temperature)
+                    kl = F.kl_div(theirs.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
+                    sums += torch.stack([same.sum().double(), loss.double() * len(batch), kl.double()])
+        finally:
+            for module, training in modes:
+                module.training = training
+        agreement, loss_sum, kl_sum = (sums / len(self)).tolist()
+        return {"agreement": 100 * agreement, "loss": loss_sum, "kl": kl_sum}
+
+
+def _seed(seed: int, index: int) -> int:
+    """A seed of its own for each generator, far from the small numbers that trainings are given."""
+    digest = hashlib.sha256(f"adadfq held-out images {seed} {index}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _fused(teacher: nn.Module) -> nn.Module:
+    """`teacher` in fewer passes over memory where it can be fused; the tensors are the same."""
+    try:
+        return fuse(teacher)
+    except InvalidInputError:
+        return teacher
+
+
+def _ready(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
+
+
+def _checked(logits: object, batch: int, recipe: Recipe) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.shape != (batch, recipe.num_classes):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InvalidInputError(f"expected logits {[batch, recipe.num_classes]} of the recipe's classes, got {got}")
+    return logits
