@@ -492,7 +492,8 @@ def evaluate(
         model.to(device)
     with bar, _eval_mode(models.values()), torch.no_grad():
         for images, labels in data.batches(batch_size):
-            images, labels = images.to(device), labels.to(device)
+            images = images.to(device).contiguous(memory_format=torch.channels_last)  # half the time on a CPU
+            labels = labels.to(device)
             seen.index_add_(0, labels, torch.ones_like(labels))
             for name, model in models.items():
                 logits = _check_output(name, model(images), len(labels), classes)

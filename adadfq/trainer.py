@@ -161,6 +161,8 @@ class Trainer:
         self.epoch_metrics: list[dict[str, float]] = []
         self._directory: Path | None = None
         self._used = False
+        #: Mean of each metric over an epoch; one dict an epoch.
+        self.epoch_metrics: list[dict[str, float]] = []
         #: Quantiles of H' over all samples of an epoch, at :data:`H_PRIME_QUANTILES`; one tuple an epoch.
         self.epoch_h_prime: list[tuple[float, ...]] = []
         # Metrics of the epoch in progress, for its mean, and H' [B] of its steps.
@@ -371,6 +373,7 @@ class Trainer:
         self.epoch_metrics.append(means)
         self.epoch += 1
         self._rows = []
+        self.epoch_metrics.append(means)
         self.epoch_h_prime.append(_quantiles(self._h_prime))
         self._h_prime = []
         if self.epoch == recipe.calibration_epochs:
@@ -432,7 +435,8 @@ class Trainer:
             "optimizer_steps": None if self.optimizer_steps is None else self.optimizer_steps.state_dict(),
             "averaged": None if self.game.averaged is None else self.game.averaged.state_dict(),
             "bank": None if self.game.bank is None else self.game.bank.state(),
-            "h_prime": {"epochs": self.epoch_h_prime, "epoch": self._h_prime},
+            "history": {"metrics": self.epoch_metrics, "h_prime": self.epoch_h_prime},
+            "h_prime": self._h_prime,
             "random": self.random.get_state(),
         }
 
@@ -490,8 +494,9 @@ class Trainer:
             self.game.averaged.load_state_dict(state["averaged"])
         if self.game.bank is not None:
             self.game.bank.load_state(state["bank"], self.device)
-        self.epoch_h_prime = [tuple(quantiles) for quantiles in state["h_prime"]["epochs"]]
-        self._h_prime = [values.to(self.device) for values in state["h_prime"]["epoch"]]
+        self.epoch_metrics = list(state["history"]["metrics"])
+        self.epoch_h_prime = [tuple(quantiles) for quantiles in state["history"]["h_prime"]]
+        self._h_prime = [values.to(self.device) for values in state["h_prime"]]
         self.random.set_state(state["random"])
         self.epoch, self.step, self._rows = state["epoch"], state["step"], state["rows"]
 
