@@ -11,6 +11,7 @@
 #include "cpu/bn_match.h"
 #include "cpu/dynamic_fake_quantize.h"
 #include "cpu/fake_quantize.h"
+#include "cpu/learned_fake_quantize.h"
 #include "cpu/logit_losses.h"
 #include "cpu/observe_fake_quantize.h"
 #include "cpu/packing.h"
@@ -49,6 +50,19 @@ static_assert(sizeof(adadfq::DynamicTensor) == 8 * sizeof(int64_t), "adadfq/ops/
 void dynamic_fake_quantize(Address tensors, int64_t count, int dtype, int threads) {
   adadfq::dynamic_fake_quantize(at_address<adadfq::DynamicTensor>(tensors), count, DType(dtype),
                                 threads);
+}
+
+void foreach_fake_quantize(Address tensors, int64_t count, int dtype, int threads) {
+  adadfq::foreach_fake_quantize(at_address<adadfq::DynamicTensor>(tensors), count, DType(dtype),
+                                threads);
+}
+
+// tensors: `count` LearnedTensor structs, written by Python as ten int64 numbers each.
+static_assert(sizeof(adadfq::LearnedTensor) == 10 * sizeof(int64_t), "adadfq/ops writes it");
+
+void learned_fake_quantize_backward(Address tensors, int64_t count, int dtype, int threads) {
+  adadfq::learned_fake_quantize_backward(at_address<adadfq::LearnedTensor>(tensors), count,
+                                         DType(dtype), threads);
 }
 
 void observe_fake_quantize(Address x, Address out, int64_t n, Address running_min,
@@ -91,6 +105,19 @@ void affine_act_fake_quantize_backward(Address grad, Address x, Address scale, A
       at_address(residual), adadfq::Act(act), at_address(grad_x), at_address(grad_residual),
       at_address<float>(grad_scale), at_address<float>(grad_shift), Layout{outer, channels, inner},
       DType(dtype), threads);
+}
+
+void affine_act_learned_fake_quantize_backward(
+    Address grad, Address x, Address scale, Address shift, Address residual, int act,
+    Address act_scale, Address act_zero_point, int bits, Address grad_x, Address grad_residual,
+    Address grad_scale, Address grad_shift, Address grad_act_scale, int64_t outer, int64_t channels,
+    int64_t inner, int dtype, int threads) {
+  adadfq::affine_act_learned_fake_quantize_backward(
+      at_address(grad), at_address(x), at_address<float>(scale), at_address<float>(shift),
+      at_address(residual), adadfq::Act(act), at_address<float>(act_scale),
+      at_address<int32_t>(act_zero_point), bits, at_address(grad_x), at_address(grad_residual),
+      at_address<float>(grad_scale), at_address<float>(grad_shift),
+      at_address<float>(grad_act_scale), Layout{outer, channels, inner}, DType(dtype), threads);
 }
 
 void quantize_pack(Address x, Address scale, Address zero_point, Address packed, int64_t outer,
@@ -188,11 +215,15 @@ PYBIND11_MODULE(_C_cpu, m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def("fake_quantize", &fake_quantize, nogil);
   m.def("fake_quantize_backward", &fake_quantize_backward, nogil);
+  m.def("learned_fake_quantize_backward", &learned_fake_quantize_backward, nogil);
+  m.def("foreach_fake_quantize", &foreach_fake_quantize, nogil);
   m.def("dynamic_fake_quantize", &dynamic_fake_quantize, nogil);
   m.def("observe_fake_quantize", &observe_fake_quantize, nogil);
   m.def("affine_act_fake_quantize", &affine_act_fake_quantize, nogil);
   m.def("affine_act_quantize", &affine_act_quantize, nogil);
   m.def("affine_act_fake_quantize_backward", &affine_act_fake_quantize_backward, nogil);
+  m.def("affine_act_learned_fake_quantize_backward", &affine_act_learned_fake_quantize_backward,
+        nogil);
   m.def("quantize_pack", &quantize_pack, nogil);
   m.def("unpack_dequantize", &unpack_dequantize, nogil);
   m.def("bn_match", &bn_match, nogil);

@@ -16,6 +16,7 @@
 #include "../csrc/cpu/bn_match.h"
 #include "../csrc/cpu/dynamic_fake_quantize.h"
 #include "../csrc/cpu/fake_quantize.h"
+#include "../csrc/cpu/learned_fake_quantize.h"
 #include "../csrc/cpu/logit_losses.h"
 #include "../csrc/cpu/observe_fake_quantize.h"
 #include "../csrc/cpu/packing.h"
@@ -115,6 +116,15 @@ void drive_fake_quantize(const Layout& layout, DType dtype, int threads) {
                 threads);
   fake_quantize_backward(grad.data(), x.data(), scale.floats(), zero_point.get(), grad_x.data(),
                          layout, bits, dtype, threads);
+  Values learned(n, dtype), both(n, dtype);
+  Floats grad_scale(layout.channels);
+  const LearnedTensor tensor{
+      grad.data(), x.data(), learned.data(), scale.floats(), zero_point.get(), grad_scale.floats(),
+      layout,      bits};
+  learned_fake_quantize_backward(&tensor, 1, dtype, threads);
+  expect(grad_scale.written(), "learned_fake_quantize_backward", layout, dtype);
+  const DynamicTensor given{x.data(), both.data(), scale.floats(), zero_point.get(), layout, bits};
+  foreach_fake_quantize(&given, 1, dtype, threads);
   Values want(1, dtype);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t c = i / layout.inner % layout.channels;
@@ -124,6 +134,8 @@ void drive_fake_quantize(const Layout& layout, DType dtype, int threads) {
     expect(out.get(i) == want.get(0), "fake_quantize", layout, dtype);
     const float kept = rounded >= lo && rounded <= hi ? grad.get(i) : 0;
     expect(grad_x.get(i) == kept, "fake_quantize_backward", layout, dtype);
+    expect(learned.get(i) == kept, "learned_fake_quantize_backward", layout, dtype);
+    expect(both.get(i) == out.get(i), "foreach_fake_quantize", layout, dtype);
     if (failures > 5) return;
   }
 }
@@ -217,6 +229,15 @@ void drive_affine(const Layout& layout, DType dtype, int threads) {
     affine_act_fake_quantize_backward(grad.data(), x.data(), scale.floats(), shift.floats(), added,
                                       Act::kNone, again.data(), nullptr, nullptr, nullptr, layout,
                                       dtype, threads);
+    Floats grad_act_scale(1);
+    for (const bool all : {false, true}) {
+      affine_act_learned_fake_quantize_backward(
+          grad.data(), x.data(), scale.floats(), shift.floats(), added, Act::kRelu6,
+          act_scale.floats(), act_zero_point.get(), 4, again.data(),
+          all ? grad_residual.data() : nullptr, all ? grad_scale.floats() : nullptr,
+          all ? grad_shift.floats() : nullptr, grad_act_scale.floats(), layout, dtype, threads);
+      expect(again.written() && grad_act_scale.written(), "affine, learned", layout, dtype);
+    }
   }
 }
 

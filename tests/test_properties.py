@@ -509,6 +509,96 @@ def slopes(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, residual: Tens
     return reference.affine_act_fake_quantize_backward(ones, x, scale, shift, residual, act, True, False)[1] != 0
 
 
+def assert_step_gradient(
+    got: Tensor, grad: Tensor, u: Tensor, step: Tensor, zero_point: Tensor, bits: int, exact: bool, axis: int | None
+) -> None:
+    """`got` is the gradient of a learned step for values `u` known exactly."""
+    _, products = oracle.learned_step_gradients(grad, u, step, zero_point, bits)
+    # Next to a tie the other side of it counts; and quotients are float32's.
+    most = grad.double().abs() * 2**bits
+    slack = torch.where(near_ties(u.double(), 0.0, step, exact), most, most * 2**-22)
+    dims = [d for d in range(u.dim()) if d != axis]
+    total, size, lost = (t.sum(dims) if dims else t for t in (products, products.abs(), slack))
+    assert got.numel() == total.numel()
+    value, lost = got.reshape(total.shape), lost + SUMMATION * size + grad.numel() * UNDERFLOW[got.dtype]
+    sound = (size < 1e37) & (lost < 1e37)
+    assert bool(((value.double() - total).abs() <= lost)[sound].all()), (value, total)
+    assert bool(value[(products.isnan().sum(dims) if dims else products.isnan()) > 0].isnan().all())
+
+
+@given(data=st.data())
+@examples(600)
+def test_learned_fake_quantize(data: st.DataObject) -> None:
+    shape, dtype, bits = data.draw(shapes()), data.draw(DTYPES), data.draw(st.integers(2, 8))
+    axis = data.draw(st.none() | st.integers(0, len(shape) - 1))
+    channels, kind = 1 if axis is None else shape[axis], data.draw(STEPS)
+    scale = make_steps(kind, channels, data.draw(SEEDS), dtype)
+    rng = torch.Generator().manual_seed(data.draw(SEEDS))
+    zero_point = torch.randint(0, 2**bits, (channels,), generator=rng, dtype=torch.int32)
+    steps, zeros = along(scale, len(shape), axis), along(zero_point, len(shape), axis)
+    x = data.draw(layouts(shape)).place(make(shape, dtype, data.draw(KINDS), data.draw(SEEDS), steps, bits))
+    grad = data.draw(recipes(shape, dtype, st.sampled_from(["normal", "normal", "special"]))).make(1)
+    arguments = (x, scale, zero_point, bits, axis)
+    passed = reference.fake_quantize_backward(grad, *arguments)
+    lists = [[t] * 3 for t in (grad, x, scale, zero_point, bits)]
+    for _, f in for_dtype("learned_fake_quantize_backward", dtype):
+        grad_x, grad_scale = f(grad, *arguments)
+        assert_same_bits(grad_x, passed)
+        assert grad_scale.shape == scale.shape and grad_scale.dtype == scale.dtype
+        assert_step_gradient(grad_scale, grad, x, steps, zeros, bits, kind == "powers of two", axis)
+    for name, f in for_dtype("foreach_learned_fake_quantize_backward", dtype):
+        alone = dict(for_dtype("learned_fake_quantize_backward", dtype))[name](grad, *arguments)
+        for results, want in zip(f(*lists, axis), alone, strict=True):
+            assert len(results) == 3
+            for got in results:
+                assert_same_bits(got, want)
+    want = reference.fake_quantize(*arguments)
+    for _, f in for_dtype("foreach_fake_quantize", dtype):
+        for got in f(*lists[1:], axis):
+            assert_same_bits(got, want)
+
+
+@given(data=st.data())
+@examples(600)
+def test_affine_act_learned_fake_quantize(data: st.DataObject) -> None:
+    shape, dtype, bits = data.draw(shapes((2, 5))), data.draw(DTYPES), data.draw(st.integers(2, 8))
+    act = data.draw(st.sampled_from(["none", "relu", "relu6"]))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    rng = torch.Generator().manual_seed(data.draw(SEEDS))
+    x, grad = data.draw(recipes(shape, dtype)).make(0.25), data.draw(recipes(shape, dtype)).make(1)
+    scale, shift = (torch.randn(2, shape[1], generator=rng, dtype=compute) * 3).round()
+    residual = data.draw(recipes(shape, dtype)).make(0.25) if data.draw(st.booleans()) else None
+    kind = data.draw(st.sampled_from(["powers of two", "any"]))
+    step = make_steps(kind, 1, data.draw(SEEDS), dtype)
+    zero_point = torch.tensor([data.draw(st.integers(0, 2**bits - 1))], dtype=torch.int32)
+    arguments = (grad, x, scale, shift, residual, act, step, zero_point, bits)
+    need_residual, need_params = data.draw(st.booleans()), data.draw(st.booleans())
+
+    wide = None if residual is None else residual.to(compute)
+    u = reference.affine_act_fake_quantize(x.to(compute), scale, shift, wide, act, None, None, bits)
+    before = reference.affine_act_fake_quantize(x.to(compute), scale, shift, wide, "none", None, None, bits)
+    true, _ = oracle.learned_step_gradients(grad, u, step, zero_point, bits)
+    flat = (before <= 0) & (act != "none") | (before >= 6) & (act == "relu6")
+    du = torch.where(flat, 0, true)
+    sure = ~near_ties(u.double(), 0.0, step, kind == "powers of two")
+    plain = reference.affine_act_learned_fake_quantize_backward(*arguments, True, True)
+    assert torch.equal(plain[1].double().nan_to_num()[sure], du.nan_to_num()[sure])
+    for _, f in for_dtype("affine_act_learned_fake_quantize_backward", dtype):
+        grad_x, grad_residual, grad_scale, grad_shift, grad_step = f(*arguments, need_residual, need_params)
+        assert_same_bits(grad_x, plain[0])
+        if need_residual:
+            assert_same_bits(grad_residual, plain[1])
+        assert_step_gradient(grad_step, grad, u, step, zero_point, bits, kind == "powers of two", None)
+        used = plain[1].double()
+        for value, products in ((grad_scale, used * x.double()), (grad_shift, used)):
+            total, size = sums(products)
+            assert value.shape == (shape[1] * need_params,) and value.dtype == compute
+            if need_params:
+                sound = size < 1e37
+                lost = SUMMATION * size + x.numel() * UNDERFLOW[compute]
+                assert_bounded(value[sound], total[sound], lost[sound])
+
+
 STATISTICS = st.sampled_from(["normal", "large mean", "large mean", "constant", "small", "large", "outliers"])
 
 
@@ -806,6 +896,16 @@ def test_results_do_not_depend_on_the_number_of_threads(data: st.DataObject) -> 
             "fake_quantize": (x, scale, zero_point, 4, 1),
             "fake_quantize_backward": (grad, x, scale, zero_point, 4, 1),
             "fake_quantize_": (own, scale, zero_point, 4, 1),
+            "learned_fake_quantize_backward": (grad, x, scale, zero_point, 4, 1),
+            "foreach_fake_quantize": ([x, grad], [scale] * 2, [zero_point] * 2, [4, 3], 1),
+            "foreach_learned_fake_quantize_backward": (
+                *([grad, x, grad], [x, grad, x], [scale] * 3, [zero_point] * 3, [4, 2, 8]),
+                1,
+            ),
+            "affine_act_learned_fake_quantize_backward": (
+                *(grad, x, scale, mean, residual, act, step, zero, 4),
+                *(True, True),
+            ),
             "dynamic_fake_quantize": (x, 4, 1),
             "foreach_dynamic_fake_quantize": ([x, grad, x[:7]], [4, 2, 8], 1),
             "observe_fake_quantize": (x, *state, 4, 0.9),

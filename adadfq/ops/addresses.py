@@ -29,7 +29,7 @@ class Module(Protocol):
         """What the function takes for sums over so many channels; 0: it sums nothing."""
 
     def range_scratch(self, x: Tensor, layouts: list[Layout]) -> tuple[Tensor | None, ...]:
-        """What dynamic_fake_quantize takes for tensors of these layouts."""
+        """What dynamic_fake_quantize and learned_fake_quantize_backward take for tensors of these layouts."""
 
 
 def address(tensor: Tensor | None) -> int:
@@ -75,6 +75,25 @@ class Launchers:
         scratch = self._backend.range_scratch(first, [call[4] for call in calls])
         addresses = (structs.buffer_info()[0], len(calls), *map(address, scratch))
         self._backend.call(op, "dynamic_fake_quantize", first, *addresses)
+
+    def foreach_fake_quantize(self, op: str, calls: list[tuple[Tensor, Tensor, Tensor, Tensor, Layout, int]]) -> None:
+        structs = array("q")
+        for x, out, scale, zero_point, layout, bits in calls:
+            # The fields of DynamicTensor in csrc/common/dynamic_tensor.h.
+            structs.extend((x.data_ptr(), out.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), *layout, bits))
+        self._backend.call(op, "foreach_fake_quantize", calls[0][0], structs.buffer_info()[0], len(calls))
+
+    def learned_fake_quantize_backward(
+        self, op: str, calls: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Layout, int]]
+    ) -> None:
+        structs = array("q")
+        for *tensors, layout, bits in calls:
+            # The fields of LearnedTensor in csrc/common/learned_tensor.h.
+            structs.extend((*(tensor.data_ptr() for tensor in tensors), *layout, bits))
+        first = calls[0][1]
+        scratch = self._backend.range_scratch(first, [call[-2] for call in calls])
+        addresses = (structs.buffer_info()[0], len(calls), *map(address, scratch))
+        self._backend.call(op, "learned_fake_quantize_backward", first, *addresses)
 
     def observe_fake_quantize(
         self,
@@ -171,6 +190,48 @@ class Launchers:
             address(grad_residual),
             address(grad_scale),
             address(grad_shift),
+            *map(address, scratch),
+            *layout,
+        )
+
+    def affine_act_learned_fake_quantize_backward(
+        self,
+        op: str,
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        act: int,
+        act_scale: Tensor,
+        act_zero_point: Tensor,
+        bits: int,
+        grad_x: Tensor,
+        grad_residual: Tensor | None,
+        grad_scale: Tensor | None,
+        grad_shift: Tensor | None,
+        grad_act_scale: Tensor,
+        layout: Layout,
+    ) -> None:
+        scratch = self._backend.channel_scratch(x, layout.channels)
+        self._backend.call(
+            op,
+            "affine_act_learned_fake_quantize_backward",
+            x,
+            grad.data_ptr(),
+            x.data_ptr(),
+            scale.data_ptr(),
+            shift.data_ptr(),
+            address(residual),
+            act,
+            act_scale.data_ptr(),
+            act_zero_point.data_ptr(),
+            bits,
+            grad_x.data_ptr(),
+            address(grad_residual),
+            address(grad_scale),
+            address(grad_shift),
+            grad_act_scale.data_ptr(),
             *map(address, scratch),
             *layout,
         )

@@ -22,12 +22,16 @@ OPERATORS = (
     "fake_quantize",
     "fake_quantize_",
     "fake_quantize_backward",
+    "learned_fake_quantize_backward",
+    "foreach_fake_quantize",
+    "foreach_learned_fake_quantize_backward",
     "dynamic_fake_quantize",
     "foreach_dynamic_fake_quantize",
     "observe_fake_quantize",
     "affine_act_fake_quantize",
     "affine_act_quantize",
     "affine_act_fake_quantize_backward",
+    "affine_act_learned_fake_quantize_backward",
     "bn_match",
     "bn_match_backward",
     "bn_match_forward",
@@ -124,6 +128,84 @@ class _Operators:
         self._backend.launch(op, op, x, grad, x, scale, zero_point, out, layout.channels, layout.inner, bits)
         return out
 
+    def learned_fake_quantize_backward(
+        self, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`adadfq.ops.reference.learned_fake_quantize_backward`; long sums in float64."""
+        lists = [grad], [x], [scale], [zero_point], [bits]
+        grads, grad_scales = self._learned_backward("learned_fake_quantize_backward", *lists, axis)
+        return grads[0], grad_scales[0]
+
+    def foreach_learned_fake_quantize_backward(
+        self,
+        grads: list[Tensor],
+        tensors: list[Tensor],
+        scales: list[Tensor],
+        zero_points: list[Tensor],
+        bits: list[int],
+        axis: int | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See :func:`adadfq.ops.reference.foreach_learned_fake_quantize_backward`; long sums in float64.
+
+        One launch for all tensors whose channels along `axis` are one row of memory each, as those of weights are.
+        """
+        op = "foreach_learned_fake_quantize_backward"
+        return self._learned_backward(op, grads, tensors, scales, zero_points, bits, axis)
+
+    def _learned_backward(
+        self,
+        op: str,
+        grads: list[Tensor],
+        tensors: list[Tensor],
+        scales: list[Tensor],
+        zero_points: list[Tensor],
+        bits: list[int],
+        axis: int | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        grad_tensors, grad_scales, calls = [], [], []
+        for grad, x, scale, zero_point, width in zip(grads, tensors, scales, zero_points, bits, strict=True):
+            grad_x = torch.empty_like(x)
+            grad_scale = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
+            grad_tensors.append(grad_x)
+            grad_scales.append(grad_scale)
+            if x.numel() == 0:
+                grad_scale.zero_()
+                continue
+            x, scale, zero_point, layout = native_args.quantizer(
+                op, x, scale, zero_point, width, axis, self._backend.DEVICE_TYPE
+            )
+            grad = native_args.like(op, "grad", grad, x)
+            calls.append((grad, x, grad_x, scale, zero_point, grad_scale, layout, width))
+            _check_alike(op, calls[0][1], x)
+        if calls:
+            self._backend.launch(op, "learned_fake_quantize_backward", calls[0][1], calls)
+        return grad_tensors, grad_scales
+
+    def foreach_fake_quantize(
+        self,
+        tensors: list[Tensor],
+        scales: list[Tensor],
+        zero_points: list[Tensor],
+        bits: list[int],
+        axis: int | None,
+    ) -> list[Tensor]:
+        """See :func:`adadfq.ops.reference.foreach_fake_quantize`; equal to it bit for bit."""
+        op = "foreach_fake_quantize"
+        x_hats, calls = [], []
+        for x, scale, zero_point, width in zip(tensors, scales, zero_points, bits, strict=True):
+            out = torch.empty_like(x)
+            x_hats.append(out)
+            if x.numel() == 0:
+                continue
+            x, scale, zero_point, layout = native_args.quantizer(
+                op, x, scale, zero_point, width, axis, self._backend.DEVICE_TYPE
+            )
+            calls.append((x, out, scale, zero_point, layout, width))
+            _check_alike(op, calls[0][0], x)
+        if calls:
+            self._backend.launch(op, op, calls[0][0], calls)
+        return x_hats
+
     def dynamic_fake_quantize(self, x: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`adadfq.ops.reference.dynamic_fake_quantize`; equal to it bit for bit."""
         x_hats, scales, zero_points = self._dynamic_fake_quantize("dynamic_fake_quantize", [x], [bits], axis)
@@ -153,12 +235,7 @@ class _Operators:
                 scale = torch.empty(layout.channels, dtype=torch.float32, device=x.device)
                 zero_point = torch.empty(layout.channels, dtype=torch.int32, device=x.device)
                 calls.append((x, out, scale, zero_point, layout, width))
-                first = calls[0][0]
-                if x.dtype != first.dtype or x.device != first.device:
-                    raise InvalidInputError(
-                        f"{op}: tensors must have one dtype and device, got {first.dtype} on {first.device} and "
-                        f"{x.dtype} on {x.device}"
-                    )
+                _check_alike(op, calls[0][0], x)
             x_hats.append(out)
             scales.append(scale)
             zero_points.append(zero_point)
@@ -354,6 +431,66 @@ class _Operators:
             layout,
         )
         return grad_x, grad_residual, grad_scale, grad_shift
+
+    def affine_act_learned_fake_quantize_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        act: str,
+        act_scale: Tensor,
+        act_zero_point: Tensor,
+        bits: int,
+        need_residual: bool,
+        need_params: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See :func:`adadfq.ops.reference.affine_act_learned_fake_quantize_backward`; long sums in float64."""
+        op = "affine_act_learned_fake_quantize_backward"
+        native_args.check_bits(op, bits)
+        act_number = reference.act_number(act)
+        grad_x = torch.empty_like(x)
+        x = native_args.main_tensor(op, "x", x, self._backend.DEVICE_TYPE)
+        channels = x.shape[1]
+        grad_residual = torch.empty_like(x) if need_residual else x.new_empty(0)
+        grad_scale = torch.empty(channels if need_params else 0, dtype=torch.float32, device=x.device)
+        grad_shift = torch.empty_like(grad_scale)
+        grad_act_scale = torch.empty(act_scale.shape, dtype=torch.float32, device=x.device)
+        results = grad_x, grad_residual, grad_scale, grad_shift, grad_act_scale
+        if x.numel() == 0:
+            for sums in results[2:]:
+                sums.zero_()
+            return results
+        layout = native_args.layout(op, x, 1)
+        scale = native_args.vector(op, "scale", scale, channels, torch.float32, x.device)
+        shift = native_args.vector(op, "shift", shift, channels, torch.float32, x.device)
+        grad = native_args.like(op, "grad", grad, x)
+        if residual is not None:
+            residual = native_args.like(op, "residual", residual, x)
+        act_scale = native_args.scalar(op, "act_scale", act_scale, torch.float32, x.device)
+        act_zero_point = native_args.scalar(op, "act_zero_point", act_zero_point, torch.int32, x.device)
+        self._backend.launch(
+            op,
+            op,
+            x,
+            grad,
+            x,
+            scale,
+            shift,
+            residual,
+            act_number,
+            act_scale,
+            act_zero_point,
+            bits,
+            grad_x,
+            grad_residual if need_residual else None,
+            grad_scale if need_params else None,
+            grad_shift if need_params else None,
+            grad_act_scale,
+            layout,
+        )
+        return results
 
     def bn_match(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`adadfq.ops.reference.bn_match`; long sums in float64."""
@@ -571,6 +708,15 @@ class _Operators:
         grad_student = torch.empty_like(student)
         self._backend.launch(op, op, teacher, teacher, student, loss, grad_student, temperature)
         return loss, grad_student
+
+
+def _check_alike(op: str, first: Tensor, x: Tensor) -> None:
+    """Refuse tensors of a list that one launch cannot take."""
+    if x.dtype != first.dtype or x.device != first.device:
+        raise InvalidInputError(
+            f"{op}: tensors must have one dtype and device, got {first.dtype} on {first.device} and {x.dtype} on "
+            f"{x.device}"
+        )
 
 
 def _sample_parameters(

@@ -78,13 +78,17 @@ ADADFQ_HD ChannelQuantizer channel_quantizer(float scale, int32_t zero_point, in
   return {by, scale, (codes.lo - margin) * s, (codes.hi + margin) * s};
 }
 
-// round(x / scale) between the bounds; NaN stays.
-ADADFQ_HD float centred_code(float x, const ChannelQuantizer& q) {
+// x / scale between the bounds, rounded correctly where it has a code; NaN stays.
+ADADFQ_HD float centred_quotient(float x, const ChannelQuantizer& q) {
   const float scaled = clamp_keep_nan(x * q.by.factor, q.lo, q.hi);
   float quotient = scaled * q.by.r;
   quotient = fmaf(fmaf(-q.by.s, quotient, scaled), q.by.r, quotient);
-  quotient = fmaf(fmaf(-q.by.s, quotient, scaled), q.by.r, quotient);
-  return round_half_even(quotient);
+  return fmaf(fmaf(-q.by.s, quotient, scaled), q.by.r, quotient);
+}
+
+// round(x / scale) between the bounds; NaN stays.
+ADADFQ_HD float centred_code(float x, const ChannelQuantizer& q) {
+  return round_half_even(centred_quotient(x, q));
 }
 
 // Needs bounds made with kToCodes.
@@ -97,6 +101,11 @@ ADADFQ_HD float fake_quantize_value(float x, const ChannelQuantizer& q) {
 ADADFQ_HD bool inside_range(float x, const ChannelQuantizer& q, CodeBounds codes) {
   const float code = centred_code(x, q);
   return (code >= codes.lo) & (code <= codes.hi);
+}
+
+// Needs bounds made with kToNeighbours.
+ADADFQ_HD LearnedStep learned_step(float x, const ChannelQuantizer& q, CodeBounds codes) {
+  return learned_step_of(centred_quotient(x, q), codes.lo, codes.hi);
 }
 
 }  // namespace adadfq

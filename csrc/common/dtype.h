@@ -103,6 +103,14 @@ ADADFQ_HD Float16 from_float<Float16>(float value) {
   return {static_cast<uint16_t>(half | sign)};
 }
 
+// Bit for bit, so that 16-bit values stay integers.
+ADADFQ_HD float keep_if(bool keep, float value) { return keep ? value : 0.0f; }
+
+template <typename T>
+ADADFQ_HD T keep_if(bool keep, T value) {
+  return {static_cast<uint16_t>(keep ? value.bits : 0)};
+}
+
 }  // namespace adadfq
 
 #endif  // ADADFQ_COMMON_DTYPE_H_

@@ -9,7 +9,8 @@
 namespace adadfq {
 
 // x, out: layout.elements() values of one dtype, at least one; scale and zero_point,
-// layout.channels values each, are written. adadfq/ops writes this struct as int64 numbers.
+// layout.channels values each, are written (or, by foreach_fake_quantize, read). adadfq/ops writes
+// this struct as int64 numbers.
 struct DynamicTensor {
   const void* x;
   void* out;

@@ -72,6 +72,25 @@ ADADFQ_HD bool inside_range(float x, float scale, float lo, float hi) {
   return (q >= lo) & (q <= hi);
 }
 
+// What fake quantisation with a learned step does to the gradient of x_hat at x: whether it passes
+// to x, and its factor for the step, d x_hat / d scale with the derivative of rounding taken for 1.
+// For NaN it does not pass and the factor is NaN.
+struct LearnedStep {
+  bool inside;
+  float slope;
+};
+
+ADADFQ_HD LearnedStep learned_step_of(float quotient, float lo, float hi) {
+  const float whole = round_half_even(quotient);
+  const bool inside = (whole >= lo) & (whole <= hi);
+  const float slope = whole > hi ? hi : whole - quotient;
+  return {inside, whole < lo ? lo : slope};
+}
+
+ADADFQ_HD LearnedStep learned_step(float x, float scale, float lo, float hi) {
+  return learned_step_of(clamp_keep_nan(x / scale, lo - 1.0f, hi + 1.0f), lo, hi);
+}
+
 // A range narrower than float32's smallest normal number has scale 1 and zero point 0. A NaN or
 // infinite end gives a NaN scale and zero point 0, so that it cannot pass unseen.
 ADADFQ_HD QParams qparams_from_range(float lo, float hi, int bits) {

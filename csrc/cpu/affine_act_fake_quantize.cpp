@@ -6,6 +6,9 @@
 //   grad_x = du scale_c      grad_residual = du
 //   grad_scale_c = sum du x  grad_shift_c = sum du
 //
+// Where the quantiser's step is learned (learned_fake_quantize.cpp), du is 0 beside where act(u) is
+// outside the codes, and grad_act_scale = sum grad d x_hat / d act_scale over all elements.
+//
 // The backward computes u again instead of reading a mask. Sums are in float over a piece or a tile
 // that fits the cache, in double beyond (channel_sums.h).
 //
@@ -80,6 +83,12 @@ ADADFQ_INLINE void apply_any(const T* x, const T* residual, Out* out, int64_t n,
   }
 }
 
+// The activation's bounds, and a learned quantiser's scale and code bounds.
+struct LearnedTail {
+  ActBounds act;
+  float scale, lo, hi;
+};
+
 template <typename T>
 struct Gradients {
   const T* grad;
@@ -90,25 +99,36 @@ struct Gradients {
   const float* scale;  // one a channel, or a column
   const float* shift;
   ActBounds flat;
+  LearnedTail learned;
 };
 
-// du of element i, its share of grad_x written.
-template <bool kResidual, bool kWriteResidual, typename T, typename Params>
+// du of element i, its share of grad_x written; with kLearned *term is what it gives the gradient
+// of the quantiser's step.
+template <bool kResidual, bool kWriteResidual, bool kLearned, typename T, typename Params>
 ADADFQ_INLINE float gradient_at(const T* ADADFQ_RESTRICT grad, const T* ADADFQ_RESTRICT x,
                                 const T* ADADFQ_RESTRICT residual, T* ADADFQ_RESTRICT grad_x,
                                 T* ADADFQ_RESTRICT grad_residual, int64_t i, Params scale,
-                                Params shift, ActBounds flat) {
+                                Params shift, ActBounds flat, const LearnedTail& learned,
+                                float* ADADFQ_RESTRICT term) {
   float u = to_float(x[i]) * at(scale, i) + at(shift, i);
   if (kResidual) u += to_float(residual[i]);
-  const float du = activation_gradient(to_float(grad[i]), u, flat);
+  float passed = to_float(grad[i]);
+  if (kLearned) {
+    const LearnedStep step =
+        learned_step(activation(u, learned.act), learned.scale, learned.lo, learned.hi);
+    *term = passed * step.slope;
+    passed = keep_if(step.inside, passed);
+  }
+  const float du = activation_gradient(passed, u, flat);
   grad_x[i] = from_float<T>(du * at(scale, i));
   if (kWriteResidual) grad_residual[i] = from_float<T>(du);
   return du;
 }
 
-template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
+template <bool kResidual, bool kWriteResidual, bool kSums, bool kLearned, typename T>
 ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n, int64_t c,
-                                 double* sum_x, double* sum, float* ADADFQ_RESTRICT lanes) {
+                                 double* sum_x, double* sum, double* overall,
+                                 float* ADADFQ_RESTRICT lanes) {
   const T* ADADFQ_RESTRICT grad = g.grad + begin;
   const T* ADADFQ_RESTRICT x = g.x + begin;
   const T* ADADFQ_RESTRICT residual = kResidual ? g.residual + begin : nullptr;
@@ -116,14 +136,17 @@ ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n
   T* ADADFQ_RESTRICT grad_residual = kWriteResidual ? g.grad_residual + begin : nullptr;
   const float scale = g.scale[c], shift = g.shift[c];
   const ActBounds flat = g.flat;
+  const LearnedTail learned = g.learned;
   // In two steps: sums kept in lanes do not stay in registers beside all these pointers.
-  float du[kPieceElements];
+  float du[kPieceElements], terms[kLearned ? kPieceElements : 1];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float value = gradient_at<kResidual, kWriteResidual>(
-        grad, x, residual, grad_x, grad_residual, i, scale, shift, flat);
+    const float value = gradient_at<kResidual, kWriteResidual, kLearned>(
+        grad, x, residual, grad_x, grad_residual, i, scale, shift, flat, learned,
+        kLearned ? terms + i : nullptr);
     if (kSums) du[i] = value;
   }
+  if (kLearned) *overall += static_cast<double>(sum_of_values(n, terms));
   if (!kSums) return;
   const auto value = [&](int64_t i)
                          ADADFQ_INLINE_LAMBDA { return Two{du[i] * to_float(x[i]), du[i]}; };
@@ -133,17 +156,20 @@ ADADFQ_INLINE void row_gradients(const Gradients<T>& g, int64_t begin, int64_t n
   sum[c] += static_cast<double>(found.second);
 }
 
-// The same for `columns` columns side by side; scratch: 2 * columns values.
-template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
+// The same for `columns` columns side by side; scratch: 3 * columns values.
+template <bool kResidual, bool kWriteResidual, bool kSums, bool kLearned, typename T>
 ADADFQ_INLINE void tile_gradients(const Gradients<T>& g, int64_t begin, int64_t rows,
                                   int64_t columns, double* ADADFQ_RESTRICT sum_x,
-                                  double* ADADFQ_RESTRICT sum, float* ADADFQ_RESTRICT scratch) {
+                                  double* ADADFQ_RESTRICT sum, double* ADADFQ_RESTRICT overall,
+                                  float* ADADFQ_RESTRICT scratch) {
   float* ADADFQ_RESTRICT first = scratch;
   float* ADADFQ_RESTRICT second = kSums ? scratch + columns : nullptr;
+  float* ADADFQ_RESTRICT third = kLearned ? scratch + 2 * columns : nullptr;
   const float* ADADFQ_RESTRICT scale = g.scale;
   const float* ADADFQ_RESTRICT shift = g.shift;
   const ActBounds flat = g.flat;
-  for (int64_t i = 0; kSums && i < 2 * columns; ++i) scratch[i] = 0;
+  const LearnedTail learned = g.learned;
+  for (int64_t i = 0; kSums && i < (kLearned ? 3 : 2) * columns; ++i) scratch[i] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = begin + r * columns;
     const T* ADADFQ_RESTRICT grad = g.grad + row;
@@ -153,27 +179,31 @@ ADADFQ_INLINE void tile_gradients(const Gradients<T>& g, int64_t begin, int64_t 
     T* ADADFQ_RESTRICT grad_residual = kWriteResidual ? g.grad_residual + row : nullptr;
 #pragma omp simd
     for (int64_t i = 0; i < columns; ++i) {
-      const float du = gradient_at<kResidual, kWriteResidual>(grad, x, residual, grad_x,
-                                                              grad_residual, i, scale, shift, flat);
+      float term = 0;
+      const float du = gradient_at<kResidual, kWriteResidual, kLearned>(
+          grad, x, residual, grad_x, grad_residual, i, scale, shift, flat, learned, &term);
       if (kSums) {
         first[i] += du * to_float(x[i]);
         second[i] += du;
       }
+      if (kLearned) third[i] += term;
     }
   }
   for (int64_t i = 0; kSums && i < columns; ++i) {
     sum_x[i] += static_cast<double>(first[i]);
     sum[i] += static_cast<double>(second[i]);
   }
+  if (kLearned) *overall += static_cast<double>(sum_of_values(columns, third));
 }
 
-template <bool kResidual, bool kWriteResidual, bool kSums, typename T>
+template <bool kResidual, bool kWriteResidual, bool kSums, bool kLearned, typename T>
 ADADFQ_INLINE void gradients(const ChannelWalk& walk, const Gradients<T>& g, int64_t first,
-                             int64_t last, double* sum_x, double* sum, float* scratch) {
+                             int64_t last, double* sum_x, double* sum, double* overall,
+                             float* scratch) {
   if (!walk.by_rows) {
     walk_tiles(walk, first, last, [&](int64_t begin, int64_t rows) ADADFQ_INLINE_LAMBDA {
-      tile_gradients<kResidual, kWriteResidual, kSums>(g, begin, rows, walk.columns(), sum_x, sum,
-                                                       scratch);
+      tile_gradients<kResidual, kWriteResidual, kSums, kLearned>(g, begin, rows, walk.columns(),
+                                                                 sum_x, sum, overall, scratch);
     });
     return;
   }
@@ -183,7 +213,8 @@ ADADFQ_INLINE void gradients(const ChannelWalk& walk, const Gradients<T>& g, int
     for (int64_t i = 0; in_lanes && i < walk.scratch(); ++i) scratch[i] = 0;
     walk_rows(walk, first, stop, [&](int64_t begin, int64_t n, int64_t c) ADADFQ_INLINE_LAMBDA {
       float* lanes = in_lanes ? scratch + 2 * kShortLanes * c : nullptr;
-      row_gradients<kResidual, kWriteResidual, kSums>(g, begin, n, c, sum_x, sum, lanes);
+      row_gradients<kResidual, kWriteResidual, kSums, kLearned>(g, begin, n, c, sum_x, sum, overall,
+                                                                lanes);
     });
     for (int64_t c = 0; in_lanes && c < walk.layout.channels; ++c) {
       float* lanes = scratch + 2 * kShortLanes * c;
@@ -193,17 +224,18 @@ ADADFQ_INLINE void gradients(const ChannelWalk& walk, const Gradients<T>& g, int
   }
 }
 
-template <bool kSums, typename T>
+template <bool kSums, bool kLearned, typename T>
 ADADFQ_INLINE void gradients_any(const ChannelWalk& walk, const Gradients<T>& g, int64_t first,
-                                 int64_t last, double* sum_x, double* sum, float* scratch) {
+                                 int64_t last, double* sum_x, double* sum, double* overall,
+                                 float* scratch) {
   if (g.residual && g.grad_residual) {
-    gradients<true, true, kSums>(walk, g, first, last, sum_x, sum, scratch);
+    gradients<true, true, kSums, kLearned>(walk, g, first, last, sum_x, sum, overall, scratch);
   } else if (g.residual) {
-    gradients<true, false, kSums>(walk, g, first, last, sum_x, sum, scratch);
+    gradients<true, false, kSums, kLearned>(walk, g, first, last, sum_x, sum, overall, scratch);
   } else if (g.grad_residual) {
-    gradients<false, true, kSums>(walk, g, first, last, sum_x, sum, scratch);
+    gradients<false, true, kSums, kLearned>(walk, g, first, last, sum_x, sum, overall, scratch);
   } else {
-    gradients<false, false, kSums>(walk, g, first, last, sum_x, sum, scratch);
+    gradients<false, false, kSums, kLearned>(walk, g, first, last, sum_x, sum, overall, scratch);
   }
 }
 
@@ -226,11 +258,16 @@ ADADFQ_INLINE void gradients_any(const ChannelWalk& walk, const Gradients<T>& g,
   ADADFQ_CLONES void gradients_chunk(const ChannelWalk& walk, const Gradients<T>& g,          \
                                      int64_t first, int64_t last, double* sum_x, double* sum, \
                                      float* scratch) {                                        \
-    gradients_any<true>(walk, g, first, last, sum_x, sum, scratch);                           \
+    gradients_any<true, false>(walk, g, first, last, sum_x, sum, nullptr, scratch);           \
+  }                                                                                           \
+  ADADFQ_CLONES void learned_gradients_chunk(const ChannelWalk& walk, const Gradients<T>& g,  \
+                                             int64_t first, int64_t last, double* sum_x,      \
+                                             double* sum, double* overall, float* scratch) {  \
+    gradients_any<true, true>(walk, g, first, last, sum_x, sum, overall, scratch);            \
   }                                                                                           \
   ADADFQ_CLONES void gradients_without_sums(const ChannelWalk& walk, const Gradients<T>& g,   \
                                             int64_t first, int64_t last) {                    \
-    gradients_any<false>(walk, g, first, last, nullptr, nullptr, nullptr);                    \
+    gradients_any<false, false>(walk, g, first, last, nullptr, nullptr, nullptr, nullptr);    \
   }
 
 ADADFQ_DEFINE(float)
@@ -286,6 +323,35 @@ void affine_act_quantize(const void* x, const float* scale, const float* shift,
   });
 }
 
+namespace {
+
+template <typename T>
+Gradients<T> pointers_of(const void* grad, const void* x, const void* residual, Act act,
+                         void* grad_x, void* grad_residual, const std::vector<float>& scales,
+                         const std::vector<float>& shifts, const Layout& layout) {
+  prefer_huge_pages(grad_x, layout.elements() * sizeof(T));
+  if (grad_residual) prefer_huge_pages(grad_residual, layout.elements() * sizeof(T));
+  return {static_cast<const T*>(grad),
+          static_cast<const T*>(x),
+          static_cast<const T*>(residual),
+          static_cast<T*>(grad_x),
+          static_cast<T*>(grad_residual),
+          scales.data(),
+          shifts.data(),
+          flat_bounds(static_cast<int>(act)),
+          {}};
+}
+
+void store_sums(const std::vector<double>& sum_x, const std::vector<double>& sum, float* grad_scale,
+                float* grad_shift) {
+  for (size_t c = 0; c < sum.size(); ++c) {
+    grad_scale[c] = static_cast<float>(sum_x[c]);
+    grad_shift[c] = static_cast<float>(sum[c]);
+  }
+}
+
+}  // namespace
+
 void affine_act_fake_quantize_backward(const void* grad, const void* x, const float* scale,
                                        const float* shift, const void* residual, Act act,
                                        void* grad_x, void* grad_residual, float* grad_scale,
@@ -295,16 +361,8 @@ void affine_act_fake_quantize_backward(const void* grad, const void* x, const fl
   const std::vector<float> scales = spread(walk, scale), shifts = spread(walk, shift);
   dispatch_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    prefer_huge_pages(grad_x, layout.elements() * sizeof(T));
-    if (grad_residual) prefer_huge_pages(grad_residual, layout.elements() * sizeof(T));
-    const Gradients<T> g{static_cast<const T*>(grad),
-                         static_cast<const T*>(x),
-                         static_cast<const T*>(residual),
-                         static_cast<T*>(grad_x),
-                         static_cast<T*>(grad_residual),
-                         scales.data(),
-                         shifts.data(),
-                         flat_bounds(static_cast<int>(act))};
+    const Gradients<T> g =
+        pointers_of<T>(grad, x, residual, act, grad_x, grad_residual, scales, shifts, layout);
     if (!grad_scale) {
       parallel_for(
           walk.units, useful_threads(layout.elements(), threads), 1,
@@ -316,10 +374,32 @@ void affine_act_fake_quantize_backward(const void* grad, const void* x, const fl
                  [&](int64_t first, int64_t last, double* a, double* b, float* scratch) {
                    gradients_chunk(walk, g, first, last, a, b, scratch);
                  });
-    for (int64_t c = 0; c < layout.channels; ++c) {
-      grad_scale[c] = static_cast<float>(sum_x[c]);
-      grad_shift[c] = static_cast<float>(sum[c]);
-    }
+    store_sums(sum_x, sum, grad_scale, grad_shift);
+  });
+}
+
+void affine_act_learned_fake_quantize_backward(const void* grad, const void* x, const float* scale,
+                                               const float* shift, const void* residual, Act act,
+                                               const float* act_scale,
+                                               const int32_t* act_zero_point, int bits,
+                                               void* grad_x, void* grad_residual, float* grad_scale,
+                                               float* grad_shift, float* grad_act_scale,
+                                               const Layout& layout, DType dtype, int threads) {
+  const ChannelWalk walk(layout);
+  const std::vector<float> scales = spread(walk, scale), shifts = spread(walk, shift);
+  const CodeBounds codes = code_bounds(*act_zero_point, max_code(bits));
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    Gradients<T> g =
+        pointers_of<T>(grad, x, residual, act, grad_x, grad_residual, scales, shifts, layout);
+    g.learned = {act_bounds(static_cast<int>(act)), *act_scale, codes.lo, codes.hi};
+    std::vector<double> sum_x, sum;
+    *grad_act_scale = static_cast<float>(channel_sums_and_overall(
+        walk, threads, sum_x, sum,
+        [&](int64_t first, int64_t last, double* a, double* b, double* overall, float* scratch) {
+          learned_gradients_chunk(walk, g, first, last, a, b, overall, scratch);
+        }));
+    if (grad_scale) store_sums(sum_x, sum, grad_scale, grad_shift);
   });
 }
 

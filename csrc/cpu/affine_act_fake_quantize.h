@@ -35,6 +35,15 @@ void affine_act_fake_quantize_backward(const void* grad, const void* x, const fl
                                        float* grad_shift, const Layout& layout, DType dtype,
                                        int threads);
 
+// The same where the quantiser's step is learned; grad_act_scale: one value.
+void affine_act_learned_fake_quantize_backward(const void* grad, const void* x, const float* scale,
+                                               const float* shift, const void* residual, Act act,
+                                               const float* act_scale,
+                                               const int32_t* act_zero_point, int bits,
+                                               void* grad_x, void* grad_residual, float* grad_scale,
+                                               float* grad_shift, float* grad_act_scale,
+                                               const Layout& layout, DType dtype, int threads);
+
 }  // namespace adadfq
 
 #endif  // ADADFQ_CPU_AFFINE_ACT_FAKE_QUANTIZE_H_

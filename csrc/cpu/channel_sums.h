@@ -102,39 +102,54 @@ ADADFQ_INLINE void walk_tiles(const ChannelWalk& walk, int64_t first, int64_t la
   }
 }
 
-// chunk(first, last, a, b, scratch) adds the sums of units [first, last) to a and b, walk.width()
-// values each that start at 0; scratch is walk.scratch() floats of any value. The totals go to `a`
-// and `b`, one value a channel.
+// chunk(first, last, a, b, overall, scratch) adds the sums of units [first, last) to a and b,
+// walk.width() values each that start at 0, and a sum over all channels to *overall, which starts
+// at 0 too; scratch is walk.scratch() + walk.width() floats of any value. The totals go to `a` and
+// `b`, one value a channel; that over all channels is returned.
 template <typename Chunk>
-void channel_sums(const ChannelWalk& walk, int threads, std::vector<double>& a,
-                  std::vector<double>& b, const Chunk& chunk) {
+double channel_sums_and_overall(const ChannelWalk& walk, int threads, std::vector<double>& a,
+                                std::vector<double>& b, const Chunk& chunk) {
   const int64_t width = walk.width();
-  std::vector<double> partial(2 * walk.chunks * width);
+  std::vector<double> partial(2 * walk.chunks * width), overall(walk.chunks);
   const int64_t parts =
       std::min<int64_t>(walk.chunks, useful_threads(walk.layout.elements(), threads));
   // Allocated here: an exception must not leave a parallel region. With room between the threads'
   // parts, or the sums of one would share a cache line with another's at every row.
-  const int64_t stride = walk.scratch() + 64;
+  const int64_t stride = walk.scratch() + width + 64;
   std::vector<float> scratch(parts * stride);
   parallel_for(parts, static_cast<int>(parts), 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t stop = (part + 1) * walk.chunks / parts;
       for (int64_t i = part * walk.chunks / parts; i < stop; ++i) {
         double* sums = &partial[2 * i * width];
+        double all = 0;
         chunk(i * walk.units / walk.chunks, (i + 1) * walk.units / walk.chunks, sums, sums + width,
-              scratch.data() + part * stride);
+              &all, scratch.data() + part * stride);
+        overall[i] = all;
       }
     }
   });
   a.assign(walk.layout.channels, 0.0);
   b.assign(walk.layout.channels, 0.0);
+  double total = 0;
   for (int64_t i = 0; i < walk.chunks; ++i) {
     const double* sums = &partial[2 * i * width];
+    total += overall[i];
     for (int64_t k = 0; k < width; ++k) {
       a[walk.channel_of(k)] += sums[k];
       b[walk.channel_of(k)] += sums[width + k];
     }
   }
+  return total;
+}
+
+// The same for chunk(first, last, a, b, scratch), without a sum over all channels.
+template <typename Chunk>
+void channel_sums(const ChannelWalk& walk, int threads, std::vector<double>& a,
+                  std::vector<double>& b, const Chunk& chunk) {
+  channel_sums_and_overall(walk, threads, a, b,
+                           [&](int64_t first, int64_t last, double* sum_a, double* sum_b, double*,
+                               float* scratch) { chunk(first, last, sum_a, sum_b, scratch); });
 }
 
 struct Two {
@@ -201,6 +216,18 @@ ADADFQ_INLINE Two sum_of_row(int64_t n, const Value& value) {
   for (int j = 0; j < kShortLanes; ++j) first[j] += first[j + kShortLanes];
   for (int j = 0; j < kShortLanes; ++j) second[j] += second[j + kShortLanes];
   return {sum_short_lanes(first) + rest.first, sum_short_lanes(second) + rest.second};
+}
+
+ADADFQ_INLINE float sum_of_values(int64_t n, const float* ADADFQ_RESTRICT values) {
+  float lanes[kLanes] = {0}, rest = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) lanes[j] += values[i + j];
+  }
+  for (; i < n; ++i) rest += values[i];
+  for (int j = 0; j < kShortLanes; ++j) lanes[j] += lanes[j + kShortLanes];
+  return sum_short_lanes(lanes) + rest;
 }
 
 // first[i], second[i]: sums of value(r, i) over r in [0, rows), for every i in [0, columns). As

@@ -35,6 +35,13 @@ void fake_quantize(const void* x, const float* scale, const int32_t* zero_point,
   });
 }
 
+void foreach_fake_quantize(const DynamicTensor* tensors, int64_t count, DType dtype, int threads) {
+  for (const DynamicTensor* t = tensors; t != tensors + count; ++t) {
+    fake_quantize(t->x, t->scale, t->zero_point, t->out, t->layout, static_cast<int>(t->bits),
+                  dtype, threads);
+  }
+}
+
 void fake_quantize_backward(const void* grad, const void* x, const float* scale,
                             const int32_t* zero_point, void* out, const Layout& layout, int bits,
                             DType dtype, int threads) {

@@ -27,13 +27,6 @@ ADADFQ_INLINE void quantize(const T* x, T* out, int64_t n, Params scale, Params 
   }
 }
 
-ADADFQ_INLINE float keep_if(bool keep, float value) { return keep ? value : 0.0f; }
-
-template <typename T>
-ADADFQ_INLINE T keep_if(bool keep, T value) {
-  return {static_cast<uint16_t>(keep ? value.bits : 0)};
-}
-
 template <typename T, typename Params>
 ADADFQ_INLINE void clip(const T* ADADFQ_RESTRICT grad, const T* ADADFQ_RESTRICT x,
                         T* ADADFQ_RESTRICT out, int64_t n, Params scale, Params lo, Params hi) {
