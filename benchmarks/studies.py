@@ -1,0 +1,118 @@
+"""Named grids of :mod:`benchmarks.accuracy`: the paper's questions, and what each option is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from adadfq.errors import InvalidInputError
+from benchmarks.accuracy_grid import Grid
+
+__all__ = ["STUDIES", "Study", "study_grid"]
+
+#: Whole runs, as long as a tenth of the paper's: 40 epochs of 200 steps.
+_WHOLE = {"epochs": 40, "lr_milestones": (10, 20, 30)}
+#: Short ones, to compare settings: 5 epochs of the student's training.
+_SHORT = {"epochs": 7, "warmup_epochs": 2, "calibration_epochs": 2}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question and the grid that answers it.
+
+    Attributes:
+        question: in words.
+        recipe: named recipe; None: the one given on the command line.
+        bits: widths of weights and activations alike.
+        settings: for all runs.
+        variants: one each; the first is what the others are compared with.
+    """
+
+    question: str
+    bits: tuple[int, ...]
+    recipe: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+
+
+def _bounds(lower: float, upper: float) -> dict[str, Any]:
+    return {"lambda_l": lower, "lambda_u": upper}
+
+
+STUDIES: dict[str, Study] = {
+    "paper": Study("The paper's recipe, over 40 epochs.", (3, 4, 5), settings=_WHOLE),
+    "plus": Study(
+        "The recipe adadfq_plus, over as many steps.", (3, 4, 5), "adadfq_plus", {"epochs": 40, "steps_per_epoch": 200}
+    ),
+    "losses": Study(
+        "What is each term of the generator's loss worth? Without L_ds, without L_as, without the margin, without "
+        "L_bns.",
+        (3, 5),
+        settings=_SHORT,
+        variants=({}, {"alpha_ds": 0.0}, {"alpha_as": 0.0}, _bounds(0.0, 1.0), {"gamma": 0.0}),
+    ),
+    "bounds": Study(
+        "Which bounds of H'?",
+        (3,),
+        settings=_SHORT,
+        variants=tuple(_bounds(lower, upper) for lower, upper in product((0.1, 0.0, 0.3), (0.8, 0.6, 1.0))),
+    ),
+    "adaptability": Study(
+        "Is the largest adaptability the best? H' is drawn into a narrow window: at 0, student and teacher disagree as "
+        "far as they can; at 1 they agree.",
+        (3,),
+        settings=_SHORT,
+        variants=(_bounds(0.1, 0.8), *(_bounds(at, at) for at in (0.0, 0.25, 0.5, 0.75, 1.0))),
+    ),
+    "options": Study(
+        "What is each option beyond the paper worth alone?",
+        (3,),
+        settings=_SHORT,
+        variants=(
+            {},
+            {"weight_range": "mse"},
+            {"act_range": "mse"},
+            {"learn_steps": True},
+            {"feature_weight": 90.0},
+            {"student_optimizer": "adam", "lr_student": 1e-3, "weight_decay": 0.0},
+            {"lr_schedule": "cosine", "lr_warmup_steps": 50},
+            {"low_pass": 0.5},
+            {"crop": 2, "flip": True},
+            {"soft_labels": 0.5},
+            {"replays": 1},
+            {"replays": 1, "bank_batches": 0},
+            {"replays": 1, "bank_batches": 0, "generator_ema": 0.99},
+            {"spectral_norm": True},
+        ),
+    ),
+}
+
+
+def study_grid(
+    name: str,
+    model: str,
+    recipe: str,
+    seeds: tuple[int, ...],
+    bits: tuple[tuple[int, int], ...] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Grid:
+    """The grid of a study.
+
+    Args:
+        name: of :data:`STUDIES`.
+        model: the teacher.
+        recipe: for studies that name none.
+        seeds: of every variant.
+        bits: instead of the study's.
+        settings: for all runs, in place of the study's where it has them.
+
+    Raises:
+        InvalidInputError: no such study.
+    """
+    if name not in STUDIES:
+        raise InvalidInputError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
+    study = STUDIES[name]
+    widths = bits or tuple((width, width) for width in study.bits)
+    return Grid(model, study.recipe or recipe, widths, seeds, {**study.settings, **(settings or {})}, study.variants)
