@@ -1,4 +1,5 @@
-"""``python -m benchmarks``: ops, step, accuracy, predict, resources, compare, judge, routes, plot, readme, list."""
+"""``python -m benchmarks``: ops, step, accuracy, predict, resources, compare, judge, routes, plot, readme, results,
+list."""
 
 from __future__ import annotations
 
@@ -562,6 +563,21 @@ def readme(check: bool) -> None:
     elif reasons := page.stale():
         for reason in reasons:
             click.echo(f"{reason}: run 'python -m benchmarks readme'", err=True)
+        sys.exit(EXIT_WRONG)
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 where the page or a plot is stale.")
+def results(check: bool) -> None:
+    """Write docs/results.md and its plots from benchmarks/results/accuracy-*.json."""
+    from benchmarks import results_page as page
+
+    if not check:
+        for path in page.update():
+            click.echo(path.name)
+    elif reasons := page.stale():
+        for reason in reasons:
+            click.echo(f"{reason}: run 'python -m benchmarks results'", err=True)
         sys.exit(EXIT_WRONG)
 
 

@@ -1,14 +1,12 @@
-"""What :mod:`benchmarks.accuracy` found, as text, as a part of the README, and as a plot."""
+"""What :mod:`benchmarks.accuracy` found, as text and as a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import Row, Summary, network, summarize
-from benchmarks.environment import machine
-from benchmarks.tables import markdown_table, number, text_table
+from benchmarks.accuracy import AUTHORS, Row, Summary, network, summarize
+from benchmarks.tables import number, text_table
 
 
 def run_text(row: Row) -> str:
@@ -30,46 +28,15 @@ def text(rows: Sequence[Row]) -> str:
         [
             f"{summary.network} {summary.label}",
             str(len(summary.accuracies) + summary.diverged),
-            _accuracy(summary, "+-"),
+            accuracy_text(summary, "+-"),
             f"{summary.teacher:.2f}",
-            _percent(summary.round_to_nearest),
+            percent(summary.round_to_nearest),
             str(summary.steps),
             number(summary.ms_per_image),
         ]
         for summary in summarize(rows)
     ]
     return text_table(header, lines)
-
-
-def block(path: Path, content: dict[str, Any]) -> str:
-    """The README's part about one file: a table for each network and bits. A CPU's times are not shown: whatever
-    else ran during one of these long runs is in them, and no two ran side by side."""
-    parts = [f"**{machine(content['environment'])}** (`benchmarks/results/{path.name}`)"]
-    if not content["rows"]:
-        parts.append("No run is stored yet.")
-    for rows in _by_network(content["rows"]).values():
-        parts += _network_parts(rows, content["environment"]["device"] == "cpu")
-    return "\n\n".join(parts)
-
-
-def _network_parts(rows: Sequence[Row], on_cpu: bool) -> list[str]:
-    first, summaries = rows[0], summarize(rows)
-    changed = ", ".join(f"`{setting}`" for setting in _shared(rows))
-    title = f"{first['model']}, {first['weight_bits']}-bit weights and {first['act_bits']}-bit activations, recipe "
-    title += f"`{first['recipe']}`{' with ' + changed if changed else ''}:"
-    lines = []
-    for summary in summaries:
-        cells = [_accuracy(summary, "±"), _percent(summary.round_to_nearest), str(summary.steps)]
-        lines.append([f"`{summary.label}`", *cells, *([] if on_cpu else [number(summary.ms_per_image)])])
-    header = ["setting", "top-1 %", "round to nearest", "steps", *([] if on_cpu else ["ms an image"])]
-    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
-    share = first["teacher_accuracy"] / 100
-    error = 100 * (share * (1 - share) / first["images"]) ** 0.5
-    note = (
-        f"Top-1 of the last epoch on {first['images']} images, mean ± sample deviation over seeds {seeds}; the teacher "
-        f"has {first['teacher_accuracy']:.2f} (standard error {error:.2f})."
-    )
-    return [title, markdown_table(header, lines), note]
 
 
 def _by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -79,21 +46,24 @@ def _by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def _shared(rows: Sequence[Row]) -> list[str]:
-    """``field=value`` of what every run has changed, and no variant varies."""
-    varied = {name for row in rows for name in row["variant"]}
-    items = [(name, value) for name, value in rows[0]["settings"].items() if name not in varied]
-    return [f"{name}={value}" for name, value in items if all(row["settings"].get(name) == value for row in rows)]
+def group_label(summary: Summary) -> str:
+    """Who trained, by which recipe and with what changed in it."""
+    row = summary.rows[0]
+    settings = " ".join(f"{name}={value}" for name, value in row["settings"].items())
+    who = "authors' code" if row["player"] == AUTHORS else row["player"]
+    return f"{who}, {row['recipe']}" + (f" {settings}" if settings else "")
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """Two decimals; "-" where there is none."""
     return "-" if value is None else f"{value:.2f}"
 
 
-def _accuracy(summary: Summary, plus_minus: str) -> str:
+def accuracy_text(summary: Summary, plus_minus: str) -> str:
+    """Mean and deviation, and how many diverged."""
     spread = "" if summary.deviation is None else f" {plus_minus} {summary.deviation:.2f}"
     diverged = f" ({summary.diverged} diverged)" if summary.diverged else ""
-    return f"{_percent(summary.mean)}{spread}{diverged}"
+    return f"{percent(summary.mean)}{spread}{diverged}"
 
 
 def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:

@@ -48,25 +48,30 @@ def plot(content: dict[str, Any], stem: str, folder: Path) -> list[Path]:
     if not names(content):
         what = "an accuracy" if content["kind"] == "accuracy" else "a time"
         raise InvalidInputError(f"{stem}: no row has {what}: there is nothing to plot")
+    require_matplotlib()
+    if content["kind"] == "accuracy":
+        fields = accuracy_report.networks(content["rows"])
+        return [save(content, folder / f"{stem}-spread.png", accuracy_report.draw, fields, 2)]
+    if content["kind"] == "step":
+        (name,) = names(content)
+        bars = sum(row["status"] == "ok" for row in content["rows"])
+        height = 1.5 + 0.35 * max(bars, 8) if name == "step" else None
+        return [save(content, folder / f"{stem}-{name}.png", _STEPS[name], 1, 2, height)]
+    ops = list(dict.fromkeys(row["op"] for row in _timed(content)))
+    columns = min(3, len(ops))
+    return [
+        save(content, folder / f"{stem}-speedup.png", _speed_up, -(-len(ops) // columns), columns),
+        save(content, folder / f"{stem}-roofline.png", _roofline, 1, 1),
+    ]
+
+
+def require_matplotlib() -> None:
+    """Make matplotlib draw to files; raise :class:`InvalidInputError` where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
         raise InvalidInputError("plots need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
-    if content["kind"] == "accuracy":
-        fields = accuracy_report.networks(content["rows"])
-        return [_save(content, folder / f"{stem}-spread.png", accuracy_report.draw, fields, 2)]
-    if content["kind"] == "step":
-        (name,) = names(content)
-        bars = sum(row["status"] == "ok" for row in content["rows"])
-        height = 1.5 + 0.35 * max(bars, 8) if name == "step" else None
-        return [_save(content, folder / f"{stem}-{name}.png", _STEPS[name], 1, 2, height)]
-    ops = list(dict.fromkeys(row["op"] for row in _timed(content)))
-    columns = min(3, len(ops))
-    return [
-        _save(content, folder / f"{stem}-speedup.png", _speed_up, -(-len(ops) // columns), columns),
-        _save(content, folder / f"{stem}-roofline.png", _roofline, 1, 1),
-    ]
 
 
 def _timed(content: dict[str, Any]) -> list[Row]:
@@ -80,14 +85,16 @@ def _on_gpu(content: dict[str, Any]) -> bool:
     return content["environment"]["device"] != "cpu"
 
 
-def _save(
+def save(
     content: dict[str, Any],
     path: Path,
     draw: Callable[[Any, Sequence[Any]], None],
     rows: int,
     columns: int,
     height: float | None = None,
+    title: str | None = None,
 ) -> Path:
+    """Write a figure of rows x columns of axes, drawn from `content`, whose digest it carries; returns `path`."""
     from matplotlib.figure import Figure
 
     if height is None:
@@ -95,7 +102,7 @@ def _save(
     figure = Figure(figsize=(max(10, 4.5 * columns), height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     draw(content, axes)
-    figure.suptitle(machine(content["environment"]), fontsize=9)
+    figure.suptitle(machine(content["environment"]) if title is None else title, fontsize=9)
     # No creation date or version of matplotlib: the same results give the same file.
     with files.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None, "Results": digest(content)})

@@ -60,8 +60,9 @@ def _plots(path: Path, content: dict[str, Any]) -> list[Path]:
 
 
 def _stored(results: Path) -> list[tuple[Path, dict[str, Any]]]:
-    # A table of routes is made of a file that is here, and is no results.
-    stored = [(path, store.read(path)) for path in sorted(results.glob("*.json")) if path.name != ROUTES]
+    # A table of routes is made of a file that is here, and is no results; accuracies have a page of their own.
+    found = [(path, store.read(path)) for path in sorted(results.glob("*.json")) if path.name != ROUTES]
+    stored = [(path, content) for path, content in found if content["kind"] != "accuracy"]
     for path, content in stored:
         if _is_native(content) and content["environment"]["native_matches_sources"] is False:
             raise InvalidInputError(

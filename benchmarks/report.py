@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy_report, plot, ratios
+from benchmarks import plot, ratios
 from benchmarks.breakdown import PARTS
 from benchmarks.cases import LOGIT_LOSSES, TINY
 from benchmarks.environment import machine
@@ -133,12 +133,8 @@ _NOTHING = (
 
 def readme_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
     """What README.md holds between :data:`BEGIN` and :data:`END`, the markers included."""
-    trained = [_file_block(path, content) for path, content in stored if content["kind"] == "accuracy"]
-    parts = [_file_block(path, content) for path, content in stored if content["kind"] != "accuracy"]
-    if trained:
-        trained = ["### Precision and batch size", *trained]
-        parts = ["### Speed", *parts] if parts else []
-    return "\n\n".join([BEGIN, *([*trained, *parts] or [_NOTHING]), END])
+    parts = [_file_block(path, content) for path, content in stored]
+    return "\n\n".join([BEGIN, *(["### Speed", *parts] if parts else [_NOTHING]), END])
 
 
 def _file_block(path: Path, content: dict[str, Any]) -> str:
@@ -150,8 +146,6 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
         return predictions_block(path, content)
     if content["kind"] == "resources":
         return _resources_block(path, content)
-    if content["kind"] == "accuracy":
-        return "\n\n".join([accuracy_report.block(path, content), *_images(path, content)])
     title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
     if content["kind"] == "ops" and environment["device"] == "cpu":
         title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"

@@ -1,0 +1,245 @@
+"""docs/results.md and its plots, from the stored files of accuracies and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from adadfq import files as atomic
+from benchmarks import plot, results_plots, store
+from benchmarks import results_statistics as statistics
+from benchmarks.accuracy import OURS, Row, Summary, summarize
+from benchmarks.accuracy_report import accuracy_text, group_label, percent
+from benchmarks.environment import machine
+from benchmarks.tables import markdown_table, number
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "benchmarks" / "results"
+_HEAD = """# Results
+
+<!-- Written by `python -m benchmarks results` from benchmarks/results/accuracy-*.json: run it, do not edit. -->
+
+Top-1 % of the **last** epoch, mean ± sample deviation over seeds. The images score and choose nothing. "Round to
+nearest" is the student as warm-up leaves it: weights untouched, activation ranges calibrated on generated images. The
+authors' runs are their published trainer (`benchmarks/authors_training.py`) on the same teacher with the same recipe,
+scored alike. "Held-out agreement" is the share of generated images, which no training saw, on which student and teacher
+name the same class (`adadfq.HeldOut`). Seconds are without scoring; on a CPU, the wall's hold whatever else ran.
+"""
+_PLOTS = {
+    "time": "Accuracy against time",
+    "h-prime": "H' through training",
+    "bounds": "The bounds of H'",
+    "adaptability": "The largest adaptability is not the best",
+    "signals": "What is measured without data, and accuracy",
+}
+
+
+def update(page: Path = PAGE, results: Path = RESULTS) -> list[Path]:
+    """Write the page and its plots; returns what changed.
+
+    Raises:
+        InvalidInputError: a file of results is not valid.
+    """
+    stored = _stored(results)
+    written = []
+    if found := results_plots.plots(stored):
+        plot.require_matplotlib()
+        _folder(page).mkdir(parents=True, exist_ok=True)
+    drawn = [(_folder(page) / f"{name}.png", draw) for name, draw in found.items()]
+    drawn += [(image, partial(_spread, held, path)) for path, held in stored.items() for image in _spreads(path, held)]
+    for image, draw in drawn:
+        before = image.read_bytes() if image.is_file() else None
+        draw(image)
+        if image.read_bytes() != before:
+            written.append(image)
+    text = content(stored)
+    if not page.is_file() or page.read_text(encoding="utf-8") != text:
+        with atomic.atomic_write(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        written.append(page)
+    return written
+
+
+def stale(page: Path = PAGE, results: Path = RESULTS) -> list[str]:
+    """What :func:`update` would change; empty where nothing is."""
+    stored = _stored(results)
+    reasons = []
+    if not page.is_file() or page.read_text(encoding="utf-8") != content(stored):
+        reasons.append(f"{page.name} does not show the stored results")
+    digest = plot.digest(results_plots.digested(stored))
+    images = [(_folder(page) / f"{name}.png", digest) for name in results_plots.plots(stored)]
+    images += [(image, plot.digest(held)) for path, held in stored.items() for image in _spreads(path, held)]
+    for image, digest in images:
+        if not image.is_file():
+            reasons.append(f"{image.name} is missing")
+        elif digest.encode() not in image.read_bytes():
+            reasons.append(f"{image.name} does not show the stored results")
+    return reasons
+
+
+def _spreads(path: Path, held: dict[str, Any]) -> list[Path]:
+    """Plots of one file alone, beside it."""
+    return [path.with_name(f"{path.stem}-{name}.png") for name in plot.names(held)]
+
+
+def _spread(held: dict[str, Any], path: Path, _: Path) -> None:
+    plot.plot(held, path.stem, path.parent)
+
+
+def _folder(page: Path) -> Path:
+    return page.with_suffix("")
+
+
+def _stored(results: Path) -> dict[Path, dict[str, Any]]:
+    return {path: store.read(path) for path in sorted(results.glob("accuracy-*.json"))}
+
+
+def content(stored: dict[Path, dict[str, Any]]) -> str:
+    """The page's text."""
+    rows = statistics.unique(stored.values())
+    found = results_plots.plots(stored)
+    parts = [_HEAD.rstrip()]
+    if not rows:
+        parts.append("No run is stored yet.")
+    parts += _side_by_side(rows)
+    parts += _commands([held for held in stored.values() if not _varied(held)])
+    parts += [part for name in ("time", "h-prime") for part in _picture(name, found)]
+    parts += [part for path, held in stored.items() for part in _ablation(path, held, rows)]
+    parts += [part for name in ("bounds", "adaptability") for part in _picture(name, found)]
+    parts += _predictions(rows)
+    parts += _picture("signals", found)
+    return "\n\n".join(parts) + "\n"
+
+
+def _picture(name: str, found: dict[str, Any]) -> list[str]:
+    title = _PLOTS[name]
+    heading = [] if name == "signals" else [f"## {title}"]
+    return [*heading, f"![{title}](results/{name}.png)"] if name in found else []
+
+
+def _side_by_side(rows: Sequence[Row]) -> list[str]:
+    groups = statistics.plain(rows)
+    parts = ["## Side by side"] if groups else []
+    networks: dict[str, list[Summary]] = {}
+    for group in groups:
+        networks.setdefault(statistics.network(group.rows[0]), []).append(group)
+    header = ["player and recipe", "seeds", "top-1 %", "gap to the teacher", "of the authors' gap"]
+    header += ["round to nearest", "held-out agreement %", "steps", "s", "processor's s"]
+    for name, found in networks.items():
+        first = found[0].rows[0]
+        parts += [f"### {name}", markdown_table(header, [_line(group, groups) for group in found])]
+        share = first["teacher_accuracy"] / 100
+        error = 100 * (share * (1 - share) / first["images"]) ** 0.5
+        parts.append(
+            f"The teacher (`{first['weights'] or first['model']}`) has {first['teacher_accuracy']:.2f} on the "
+            f"{first['images']} images of `{first['data']}`, with a standard error of {error:.2f}."
+        )
+        if reached := [text for group in found if (text := _reached(group, groups))]:
+            parts.append("\n".join(f"- {text}" for text in reached))
+    return parts
+
+
+def _line(group: Summary, groups: Sequence[Summary]) -> list[str]:
+    gap, rival = statistics.gap(group), statistics.rival(group, groups)
+    theirs = None if rival is None else statistics.gap(rival)
+    share = f"{gap / theirs:.2f}" if gap is not None and theirs is not None and theirs > 0 else "-"
+    return [
+        group_label(group),
+        str(len(group.accuracies) + group.diverged),
+        accuracy_text(group, "±"),
+        percent(gap),
+        share,
+        percent(group.round_to_nearest),
+        percent(group.average(lambda row: statistics.last(row, "held_out_agreement"))),
+        str(group.steps),
+        number(group.average(lambda row: row["train_seconds"])),
+        number(group.average(lambda row: sum(row["epoch_cpu_seconds"]) if "epoch_cpu_seconds" in row else None)),
+    ]
+
+
+def _reached(group: Summary, groups: Sequence[Summary]) -> str | None:
+    """When this project's run first had what the authors' has at its end."""
+    rival = statistics.rival(group, groups)
+    if rival is None or rival.mean is None or group.rows[0]["player"] != OURS:
+        return None
+    shares = []
+    for name, clock in (("epoch_seconds", "wall time"), ("epoch_cpu_seconds", "processor's time")):
+        ours = statistics.seconds_to(group, rival.mean, name)
+        theirs = rival.average(lambda row, name=name: sum(row[name]) if name in row else None)
+        if ours is not None and theirs:
+            shares.append(f"{100 * ours / theirs:.0f} % of their {clock}")
+    if not shares:
+        return None
+    return f"{group_label(group)} has the authors' last accuracy ({rival.mean:.2f}) after {' and '.join(shares)}."
+
+
+def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Tables of the file's variants, a network each."""
+    if not (varied := _varied(held)):
+        return []
+    everything = summarize(rows)
+    parts = [f"## {path.stem.removeprefix('accuracy-').replace('-', ' ').capitalize()}"]
+    header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "mean H'", "steps"]
+    for name, found in statistics.grouped(varied, lambda row: f"{row['player']}, {statistics.network(row)}").items():
+        groups = summarize(found)
+        base = statistics.base(groups[0], everything)
+        lines = [_ablation_line(base, everything)] if base is not None and not base.rows[0]["variant"] else []
+        lines += [_ablation_line(group, everything) for group in groups]
+        shared = statistics.setting(found[0], {field for row in found for field in row["variant"]})
+        title = f"{name}, recipe `{found[0]['recipe']}`{f' with `{shared}`' if shared else ''}:"
+        parts += [title, markdown_table(header, lines)]
+    pictures = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(held)]
+    return [*parts, *pictures, f"{machine(held['environment'])} (`benchmarks/results/{path.name}`)", *_commands([held])]
+
+
+def _varied(held: dict[str, Any]) -> list[Row]:
+    return [row for row in held["rows"] if row["variant"]]
+
+
+def _ablation_line(group: Summary, groups: Sequence[Summary]) -> list[str]:
+    base = statistics.base(group, groups)
+    text = "-"
+    if base is not None and statistics.same(base, group):
+        text = "base"
+    elif base is not None and (found := statistics.difference(group, base)) is not None:
+        text = f"{found[0]:+.2f}" + ("" if found[1] is None else f" ± {found[1]:.2f}")
+    return [
+        f"`{group.label}`",
+        str(len(group.accuracies) + group.diverged),
+        accuracy_text(group, "±"),
+        text,
+        percent(group.average(lambda row: statistics.last(row, "held_out_agreement"))),
+        percent(group.average(lambda row: row["h_prime"])),
+        str(group.steps),
+    ]
+
+
+def _predictions(rows: Sequence[Row]) -> list[str]:
+    header = ["rows", "signal", "runs", "Spearman", "Pearson", "lost by choosing with it"]
+    among = {**statistics.grouped(rows, statistics.network), "all": list(rows)}
+    lines = []
+    for name, found in among.items():
+        for signal in statistics.SIGNALS:
+            if (held := statistics.prediction(found, signal)) is not None:
+                lost = "-" if name == "all" else f"{held.lost:.2f}"
+                correlations = (_signed(value) for value in (held.spearman, held.pearson))
+                lines.append([name, signal.replace("_", " "), str(held.count), *correlations, lost])
+    if not lines:
+        return []
+    note = (
+        "Correlation with accuracy over the last epochs of runs; of the losses, with their negative. The last column: "
+        "how many points less than the best run that run has which the signal would choose."
+    )
+    return [f"## {_PLOTS['signals']}", markdown_table(header, lines), note]
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def _commands(stored: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [line for held in stored for line in held["options"]["commands"]]
+    return ["```sh\n" + "\n".join(lines) + "\n```"] if lines else []

@@ -1,0 +1,217 @@
+"""docs/results.md: its numbers from made-up rows, its plots, and that it is made of the stored files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import accuracy, results_page, results_plots, store
+from benchmarks import results_statistics as statistics
+from benchmarks.__main__ import main
+from benchmarks.accuracy import summarize
+from benchmarks.environment import describe
+
+ENVIRONMENT = describe(torch.device("cpu"))
+COMMAND = "python -m benchmarks accuracy resnet20 --recipe cifar10_resnet20 --bits 3"
+
+
+def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
+    """A run of ten epochs, the first of them warm-up, that comes nearer to `value` by the same at every epoch."""
+    accuracies = [] if value is None else [50 + (value - 50) * i / 9 for i in range(10)]
+    return {
+        "player": "adadfq",
+        "model": "resnet20",
+        "weights": "teacher.safetensors",
+        "weights_sha256": "0" * 64,
+        "data": "images.zip",
+        "images": 5000,
+        "recipe": "cifar10_resnet20",
+        "weight_bits": 3,
+        "act_bits": 3,
+        "settings": {"epochs": 10},
+        "variant": {},
+        "seed": seed,
+        "status": "diverged" if value is None else "ok",
+        "error": None,
+        "accuracies": accuracies,
+        "accuracy": value,
+        "teacher_accuracy": 90.0,
+        "round_to_nearest": 50.0,
+        "train_seconds": 20.0,
+        "steps": 2000,
+        "images_seen": 32000,
+        "step_ms": 10.0,
+        "agreement": 0.5,
+        "h_prime": 0.5,
+        "epoch_seconds": [2.0] * 10,
+        "epoch_cpu_seconds": [1.0] * 10,
+        "h_prime_quantiles": [[0.0, 0.2, 0.5, 0.7, 1.0]] * 10,
+        "losses_student": [-900.0] * 10,
+        "held_out_agreement": [value] * 10,
+        "held_out_loss": [None if value is None else -value] * 10,
+        "held_out_kl": [1.0] * 10,
+        **ENVIRONMENT,
+        **changes,
+    }
+
+
+def varied(value: float | None, seed: int, **variant: Any) -> dict[str, Any]:
+    return row(value, seed, settings={"epochs": 10, **variant}, variant=variant)
+
+
+def content(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {**store.document("accuracy", ENVIRONMENT, {"commands": [COMMAND]}), "rows": list(rows)}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder of files: both players side by side, and a grid of the bounds of H'."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    authors = [row(value, seed, player="authors", h_prime_quantiles=None) for seed, value in ((1, 79.0), (2, 81.0))]
+    for each in authors:
+        each |= {"epoch_seconds": [20.0] * 10, "epoch_cpu_seconds": [10.0] * 10, "h_prime": None, "agreement": None}
+    ours = [row(value, seed) for seed, value in ((1, 84.0), (2, 86.0))]
+    store.write(folder / "accuracy-base.json", content(*authors, *ours))
+    grid = [
+        varied(70.0 + 10 * low + high + seed, seed, lambda_l=low, lambda_u=high)
+        for seed in (1, 2)
+        for low in (0.0, 0.3)
+        for high in (0.6, 1.0)
+    ]
+    store.write(folder / "accuracy-bounds.json", content(*grid))
+    return folder
+
+
+def test_side_by_side(results: Path) -> None:
+    text = results_page.content(results_page._stored(results))
+    name = "cifar10_resnet20 epochs=10"
+    assert f"| authors' code, {name} | 2 | 80.00 ± 1.41 | 10.00 | - | 50.00 | 80.00 | 2000 | 20 | 100 |" in text
+    assert f"| adadfq, {name} | 2 | 85.00 ± 1.41 | 5.00 | 0.50 | 50.00 | 85.00 | 2000 | 20 | 10 |" in text
+    assert "### resnet20 3w3a" in text
+    assert "has 90.00 on the 5000 images of `images.zip`, with a standard error of 0.42" in text
+    # 80 of 85 is reached in the 9th of ten epochs, each a tenth of the authors' in time.
+    line = f"- adadfq, {name} has the authors' last accuracy (80.00) after 9 % of their wall time and 9 %"
+    assert line in text and text.count(COMMAND) == 2
+    # Another number of steps is no rival.
+    (longer,) = summarize([row(85.0, steps=4000)])
+    assert statistics.rival(longer, summarize(store.read(results / "accuracy-base.json")["rows"])) is None
+
+
+def test_differences_to_the_base(results: Path) -> None:
+    text = results_page.content(results_page._stored(results))
+    assert "## Bounds\n" in text and "adadfq, resnet20 3w3a, recipe `cifar10_resnet20` with `epochs=10`:" in text
+    assert "| `as set` | 2 | 85.00 ± 1.41 | base |" in text
+    # 72.1 ± 0.71 against 85 ± 1.41, two seeds each: deviation sqrt(0.5 / 2 + 2 / 2).
+    assert "| `lambda_l=0.0 lambda_u=0.6` | 2 | 72.10 ± 0.71 | -12.90 ± 1.12 | 72.10 | 0.50 | 2000 |" in text
+    # A variant that sets what the recipe has anyway is the base itself.
+    first = row(60.0, variant={"precision": "float32"})
+    second = varied(61.0, 1, precision="bfloat16")
+    groups = summarize([first, second])
+    assert statistics.base(groups[1], groups) is groups[0]
+    lines = [results_page._ablation_line(group, groups) for group in groups]
+    assert [line[3] for line in lines] == ["base", "+1.00"]
+    assert results_page._ablation_line(summarize([varied(None, 1, gamma=0.0)])[0], groups)[2:4] == [
+        "- (1 diverged)",
+        "-",
+    ]
+
+
+def test_correlations() -> None:
+    assert statistics.ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
+    assert statistics.spearman([1, 2, 3, 4], [1, 10, 100, 50]) == pytest.approx(0.8)
+    assert statistics.pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert statistics.pearson([1, 1, 1], [2, 4, 6]) is None and statistics.pearson([1, 2], [1, 2]) is None
+    rows = [row(value, held_out_kl=[kl]) for value, kl in ((80.0, 0.3), (82.0, 0.2), (81.0, 0.1))]
+    found = statistics.prediction([*rows, row(None), row(70.0, held_out_kl=[None])], "held_out_kl")
+    assert found is not None and (found.count, found.lost) == (3, 1.0)
+    assert found.spearman == pytest.approx(0.5) and found.pearson == pytest.approx(0.5)
+    old = row(70.0)
+    del old["held_out_kl"]
+    assert statistics.prediction([old], "held_out_kl") is None
+
+
+def test_signals_are_judged_within_a_width(results: Path) -> None:
+    text = results_page.content(results_page._stored(results))
+    assert "| resnet20 3w3a | held out agreement | 12 | +1.00 | +1.00 | 0.00 |" in text
+    assert "| all | held out loss | 12 | +1.00 | +1.00 | - |" in text
+    assert "| resnet20 3w3a | held out kl | 12 | - | - |" in text
+
+
+def test_a_run_in_two_files_counts_once() -> None:
+    first, again, other = row(80.0), row(70.0), row(75.0, seed=2)
+    assert statistics.unique([content(first), content(again, other)]) == [first, other]
+
+
+def test_time_to_an_accuracy() -> None:
+    (group,) = summarize([row(80.0), row(90.0, 2)])
+    assert (
+        statistics.seconds_to(group, 50.0, "epoch_seconds") == 2
+        and statistics.seconds_to(group, 99.0, "epoch_seconds") is None
+    )
+    assert statistics.seconds_to(group, 85.0, "epoch_cpu_seconds") == 10
+    short = row(80.0, accuracies=[70.0, 80.0])  # scored after the last two epochs
+    assert statistics.seconds_to(summarize([short])[0], 70.0, "epoch_seconds") == 18
+
+
+def test_the_page_and_its_plots(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    assert results_page.stale(page, results)[0] == "results.md does not show the stored results"
+    written = results_page.update(page, results)
+    names = {"time.png", "h-prime.png", "signals.png", "bounds.png", "adaptability.png"}
+    spreads = {"accuracy-base-spread.png", "accuracy-bounds-spread.png"}
+    assert {path.name for path in written} == names | spreads | {"results.md"}
+    assert results_page.stale(page, results) == [] and results_page.update(page, results) == []
+    text = page.read_text()
+    for name in names:
+        assert f"(results/{name})" in text and (page.parent / "results" / name).is_file()
+    assert "(../benchmarks/results/accuracy-bounds-spread.png)" in text and str(tmp_path) not in text
+    (page.parent / "results" / "time.png").unlink()
+    assert results_page.stale(page, results) == ["time.png is missing"]
+    held = store.read(results / "accuracy-base.json")
+    held["rows"][0]["accuracy"] = 1.0
+    store.write(results / "accuracy-base.json", held)
+    assert "h-prime.png does not show the stored results" in results_page.stale(page, results)
+    results_page.update(page, results)
+    assert results_page.stale(page, results) == []
+
+
+def test_rows_of_before_have_no_times_and_no_signals(tmp_path: Path) -> None:
+    old = row(80.0)
+    for name in store.OPTIONAL_FIELDS["accuracy"]:
+        del old[name]
+    store.write(
+        tmp_path / "accuracy-old.json", content(old, {**old, "status": "diverged", "accuracy": None, "seed": 2})
+    )
+    stored = results_page._stored(tmp_path)
+    text = results_page.content(stored)
+    assert "| 2 | 80.00 (1 diverged) | 10.00 | - | 50.00 | - | 2000 | 20 | - |" in text
+    assert results_plots.plots(stored) == {} and "Spearman" not in text
+
+
+def test_nothing_stored(tmp_path: Path) -> None:
+    assert "No run is stored yet." in results_page.content({})
+    assert results_page.update(tmp_path / "results.md", tmp_path) == [tmp_path / "results.md"]
+
+
+def test_the_command(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "results.md"
+    monkeypatch.setattr(results_page.update, "__defaults__", (page, results))
+    monkeypatch.setattr(results_page.stale, "__defaults__", (page, results))
+    before = CliRunner().invoke(main, ["results", "--check"])
+    assert before.exit_code == 1 and "results.md does not show the stored results: run" in before.output
+    assert "time.png" in CliRunner().invoke(main, ["results"]).output
+    assert CliRunner().invoke(main, ["results", "--check"]).exit_code == 0
+
+
+def test_the_stored_page_is_of_the_stored_files() -> None:
+    assert results_page.stale() == []
+
+
+def test_a_key_knows_the_player() -> None:
+    assert accuracy.key(row(80.0)) != accuracy.key(row(80.0, player="authors"))
