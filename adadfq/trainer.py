@@ -157,12 +157,10 @@ class Trainer:
         #: The strides that weights came with, while they have others.
         self._strides: dict[nn.Parameter, tuple[int, ...]] | None = None
         self.epoch, self.step = 0, 0
-        #: Means of :data:`adadfq.game.METRICS` over each epoch that this trainer ended.
+        #: Means of :data:`adadfq.game.METRICS` over each epoch played so far.
         self.epoch_metrics: list[dict[str, float]] = []
         self._directory: Path | None = None
         self._used = False
-        #: Mean of each metric over an epoch; one dict an epoch.
-        self.epoch_metrics: list[dict[str, float]] = []
         #: Quantiles of H' over all samples of an epoch, at :data:`H_PRIME_QUANTILES`; one tuple an epoch.
         self.epoch_h_prime: list[tuple[float, ...]] = []
         # Metrics of the epoch in progress, for its mean, and H' [B] of its steps.
@@ -373,7 +371,6 @@ class Trainer:
         self.epoch_metrics.append(means)
         self.epoch += 1
         self._rows = []
-        self.epoch_metrics.append(means)
         self.epoch_h_prime.append(_quantiles(self._h_prime))
         self._h_prime = []
         if self.epoch == recipe.calibration_epochs:

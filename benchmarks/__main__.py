@@ -307,8 +307,9 @@ def _integers(_: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.argument("model")
 @click.option("--weights", type=click.Path(path_type=Path, dir_okay=False), help="The network's weights.")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Images to score on: see adadfq evaluate.")
-@click.option("--recipe", required=True, metavar="NAME", help="Settings to start from.")
-@click.option("--bits", required=True, callback=_words, metavar="BITS,...", help="Widths: 4 for 4w4a, or such as 4w8a.")
+@click.option("--study", metavar="NAME", help="A named grid: paper, plus, losses, bounds, adaptability or options.")
+@click.option("--recipe", metavar="NAME", help="Settings to start from.")
+@click.option("--bits", default="", callback=_words, metavar="BITS,...", help="Widths: 4 for 4w4a, or such as 4w8a.")
 @click.option("--seeds", default="1,2,3", callback=_integers, show_default=True, metavar="INT,...")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Of the recipe, for all runs.")
 @click.option("--vary", "variants", multiple=True, metavar='"FIELD=VALUE ..."', help="Of the recipe: one variant each.")
@@ -324,7 +325,8 @@ def accuracy(
     model: str,
     weights: Path | None,
     data: Path,
-    recipe: str,
+    study: str | None,
+    recipe: str | None,
     bits: tuple[str, ...],
     seeds: tuple[int, ...],
     settings: tuple[str, ...],
@@ -336,6 +338,8 @@ def accuracy(
 ) -> None:
     """Train MODEL by widths x variants of a recipe x seeds, and score the last epoch of each run.
 
+    --study names a grid (benchmarks/studies.py); --recipe, --bits and --set then change it.
+
     The file is written after every run. Runs that it holds already are not repeated, so that an interrupted grid goes
     on with the same command.
     """
@@ -345,12 +349,20 @@ def accuracy(
     from benchmarks.accuracy_grid import Grid, command_line, parse_bits, parse_settings
     from benchmarks.accuracy_report import run_text, text
     from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.studies import study_grid
 
-    varied = tuple(parse_settings(variant.split()) for variant in variants) or ({},)
-    grid = Grid(model, recipe, parse_bits(bits), seeds, parse_settings(settings), varied)
+    if study is not None:
+        if variants:
+            raise click.UsageError("--study brings its own variants: leave out --vary")
+        grid = study_grid(study, model, recipe, seeds, parse_bits(bits), parse_settings(settings))
+    elif recipe is None or not bits:
+        raise click.UsageError("give --recipe and --bits, or --study")
+    else:
+        varied = tuple(parse_settings(variant.split()) for variant in variants) or ({},)
+        grid = Grid(model, recipe, parse_bits(bits), seeds, parse_settings(settings), varied)
     count = len(check_grid(grid, authors))  # what does not fit is said before anything is read
     environment = describe(pick_device(device_name, threads))
-    command = command_line(grid, settings, variants, weights, data, authors, device_name, threads, json_path)
+    command = command_line(grid, study, settings, variants, weights, data, authors, device_name, threads, json_path)
     content = store.document("accuracy", environment, {"commands": [command]})
     if json_path is not None and json_path.exists():
         before = store.read(json_path)

@@ -37,7 +37,7 @@ OURS, AUTHORS = "adadfq", "authors"
 #: Fields that tell runs apart. The commit is not among them: a grid goes on after a change elsewhere.
 IDENTITY = (
     *("player", "model", "weights_sha256", "data", "images", "recipe", "weight_bits", "act_bits", "settings", "seed"),
-    *("device", "threads"),
+    *("recipe_digest", "device", "threads"),
 )
 
 
@@ -120,6 +120,7 @@ def train_grid(
             "weight_bits": run.weight_bits,
             "act_bits": run.act_bits,
             "settings": run.settings,
+            "recipe_digest": run.digest,
             "variant": run.variant,
             "seed": run.seed,
             "teacher_accuracy": teacher.accuracy,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +69,17 @@ class Run:
     seed: int
 
     @property
+    def digest(self) -> str:
+        """Of all settings that are not the defaults: what a named recipe was when it was played."""
+        defaults = adadfq.Recipe().to_dict()
+        changed = {
+            name: value
+            for name, value in self.recipe.to_dict().items()
+            if name not in ("name", "source", "by_weight_bits") and value != defaults[name]
+        }
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def identity(self) -> tuple[Any, ...]:
         """What no other run of a grid may share."""
         return self.weight_bits, self.act_bits, self.settings, self.seed
@@ -124,6 +137,7 @@ class Grid:
 
 def command_line(
     grid: Grid,
+    study: str | None,
     settings: Sequence[str],
     variants: Sequence[str],
     weights: Path | None,
@@ -135,6 +149,7 @@ def command_line(
 ) -> str:
     """The command that trains the grid, with files by their names alone."""
     words = ["python", "-m", "benchmarks", "accuracy", public_name(grid.model)]
+    words += [] if study is None else ["--study", study]
     words += ["--recipe", grid.recipe, "--bits", ",".join(_width(*pair) for pair in grid.bits)]
     words += ["--seeds", ",".join(map(str, grid.seeds))]
     words += [word for setting in settings for word in ("--set", setting)]

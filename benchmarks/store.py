@@ -93,6 +93,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "weight_bits": (int,),
         "act_bits": (int,),
         "settings": (dict,),  # what differs from the recipe
+        "recipe_digest": (str,),  # of what differs from the defaults: a recipe may have changed since
         "variant": (dict,),  # what the grid varies
         "seed": (int,),
         "status": (str,),

@@ -24,7 +24,7 @@ class Study:
 
     Attributes:
         question: in words.
-        recipe: named recipe; None: the one given on the command line.
+        recipe: named recipe; None: the paper's for CIFAR-10.
         bits: widths of weights and activations alike.
         settings: for all runs.
         variants: one each; the first is what the others are compared with.
@@ -93,9 +93,9 @@ STUDIES: dict[str, Study] = {
 def study_grid(
     name: str,
     model: str,
-    recipe: str,
+    recipe: str | None,
     seeds: tuple[int, ...],
-    bits: tuple[tuple[int, int], ...] | None = None,
+    bits: tuple[tuple[int, int], ...] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Grid:
     """The grid of a study.
@@ -103,7 +103,7 @@ def study_grid(
     Args:
         name: of :data:`STUDIES`.
         model: the teacher.
-        recipe: for studies that name none.
+        recipe: in place of the study's, which is the paper's for CIFAR-10 where it names none.
         seeds: of every variant.
         bits: instead of the study's.
         settings: for all runs, in place of the study's where it has them.
@@ -115,4 +115,11 @@ def study_grid(
         raise InvalidInputError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
     study = STUDIES[name]
     widths = bits or tuple((width, width) for width in study.bits)
-    return Grid(model, study.recipe or recipe, widths, seeds, {**study.settings, **(settings or {})}, study.variants)
+    return Grid(
+        model,
+        recipe or study.recipe or "cifar10_resnet20",
+        widths,
+        seeds,
+        {**study.settings, **(settings or {})},
+        study.variants,
+    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import adadfq
 from adadfq.demo import digits
 from adadfq.errors import AdadfqError, InvalidInputError
-from benchmarks import accuracy, accuracy_report, plot, readme, store
+from benchmarks import accuracy, accuracy_report, plot, readme, store, studies
 from benchmarks.__main__ import main
 from benchmarks.accuracy import summarize
 from benchmarks.accuracy_grid import Grid, parse_bits, parse_settings
@@ -421,3 +421,32 @@ def test_a_checkout_must_be_theirs(files: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "CIFAR/main.py is missing" in result.output
     result = run(files, None, "--authors", str(tmp_path), "--set", "temperature=10", variants=())
     assert result.exit_code == 2 and "has temperature 20, the recipe 10" in result.output
+
+
+def test_every_study_is_a_grid_without_two_equal_runs() -> None:
+    for name in studies.STUDIES:
+        runs = studies.study_grid(name, "resnet20", None, (1, 2)).runs()
+        study = studies.STUDIES[name]
+        assert len(runs) == 2 * len(study.bits) * len(study.variants)
+        assert runs[0].recipe.name == (study.recipe or "cifar10_resnet20")
+    with pytest.raises(InvalidInputError, match="study must be one of paper, plus"):
+        studies.study_grid("nothing", "resnet20", None, (1,))
+
+
+def test_what_a_study_removes_is_removed() -> None:
+    recipes = [run.recipe for run in studies.study_grid("losses", "resnet20", None, (1,), ((3, 3),)).runs()]
+    base, *others = recipes
+    assert (base.alpha_ds, base.alpha_as, base.lambda_l, base.lambda_u, base.gamma) == (0.2, 0.1, 0.1, 0.8, 1.0)
+    changed = [{name for name, value in other.to_dict().items() if value != base.to_dict()[name]} for other in others]
+    assert changed == [{"alpha_ds"}, {"alpha_as"}, {"lambda_l", "lambda_u"}, {"gamma"}]
+    assert [others[0].alpha_ds, others[1].alpha_as, others[2].lambda_l, others[2].lambda_u, others[3].gamma] == [
+        *(0.0, 0.0, 0.0, 1.0, 0.0)
+    ]
+
+
+def test_the_digest_tells_recipes_of_one_name_apart() -> None:
+    def digest(recipe: str, **settings: object) -> str:
+        return Grid("resnet20", recipe, ((3, 3),), (1,), settings).runs()[0].digest
+
+    assert digest("cifar10_resnet20") == digest("cifar10_resnet20", epochs=400) != digest("cifar10_resnet20", epochs=9)
+    assert digest("adadfq_plus") != digest("cifar10_resnet20")
