@@ -1,7 +1,8 @@
-"""Training step by step in float64 and plain PyTorch, written from the paper's formulas; imports nothing of the package.
+"""Training step by step in float64 and plain PyTorch, written from the paper's formulas, importing no package code.
 
-:class:`OracleTraining` plays both players' steps: the generator, the two networks, every loss, the gradients (autograd),
-the optimizers and the schedule. Networks are functions of a player and the images, in terms of the player's layers.
+:class:`OracleTraining` plays both players' steps: the generator, the two networks, every loss, the gradients (by
+autograd), the optimizers and the schedule. Networks are functions of a player and the images, in terms of the player's
+layers.
 Parameters are named as the package names them in a state_dict, which is what both sides start from.
 """
 
@@ -216,17 +217,17 @@ def residual_net(net: Teacher, x: Tensor) -> Tensor:
     y = net.act(net.batch_norm(net.conv(x, "conv2"), "bn2"), "relu")
     x = net.act(net.batch_norm(net.conv(y, "conv3"), "bn3") + x, "relu")
     x = net.act(net.batch_norm(net.conv(x, "conv4", stride=2), "bn4"), "relu")
-    return net.linear(x.mean((2, 3)), "linear")
+    return net.linear(x.flatten(1), "linear")
 
 
 def bottleneck_net(net: Teacher, x: Tensor) -> Tensor:
     """MobileNetV2's block: ReLU6, a depthwise convolution, and a sum without an activation."""
-    x = net.act(net.batch_norm(net.conv(x, "stem"), "bn1"), "relu6")
+    x = net.act(net.batch_norm(net.conv(x, "stem", stride=2), "bn1"), "relu6")
     y = net.act(net.batch_norm(net.conv(x, "expand"), "bn2"), "relu6")
     y = net.act(net.batch_norm(net.conv(y, "depthwise", groups=y.shape[1]), "bn3"), "relu6")
     x = x + net.batch_norm(net.conv(y, "project"), "bn4")
     x = net.act(net.batch_norm(net.conv(x, "head"), "bn5"), "relu6")
-    return net.linear(x.mean((2, 3)), "linear")
+    return net.linear(x.flatten(1), "linear")
 
 
 def resnet20(net: Teacher, x: Tensor) -> Tensor:
@@ -322,9 +323,7 @@ class Adam:
 class SGD:
     """v <- momentum v + g; the weight moves against v, or with Nesterov's look ahead against g + momentum v."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], momentum: float, nesterov: bool, weight_decay: float
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], momentum: float, nesterov: bool, weight_decay: float) -> None:
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.velocity = _zeros(parameters)
 
@@ -386,9 +385,7 @@ class OracleTraining:
         self.ranges = [Range(act_bits) for _ in range(activations)]
         betas = settings["adam_betas"]
         self.adam = Adam(_parameters(self.generator), (betas[0], betas[1]))
-        self.sgd = SGD(
-            _parameters(self.student), settings["momentum"], settings["nesterov"], settings["weight_decay"]
-        )
+        self.sgd = SGD(_parameters(self.student), settings["momentum"], settings["nesterov"], settings["weight_decay"])
 
     def step(self, epoch: int, noise: Tensor, labels: Tensor) -> Step:
         settings, now, edges = self.settings, phase(self.settings, epoch), Edges()

@@ -6,9 +6,10 @@ still begins a phase, a few steps long.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.nn import functional as torch_F
 import adadfq
 from adadfq import Recipe, Trainer
 from adadfq.game import METRICS
+from adadfq.generator import build_generator
+from adadfq.models.resnet_cifar import resnet20
 from adadfq.nn import activations
 
 STEPS_PER_EPOCH = 2
@@ -50,14 +53,14 @@ class Residual(nn.Module):
         self.conv4 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
         self.bn1, self.bn2, self.bn3, self.bn4 = (nn.BatchNorm2d(n) for n in (6, 6, 6, 8))
         self.relu = nn.ReLU()
-        self.linear = nn.Linear(8, classes)
+        self.linear = nn.Linear(8 * 4 * 4, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(x)))
         x = torch_F.relu(self.bn3(self.conv3(y)) + x)
         x = self.relu(self.bn4(self.conv4(x)))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(x.flatten(1))
 
 
 class Bottleneck(nn.Module):
@@ -65,14 +68,14 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, 6, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(channels, 6, 3, stride=2, padding=1, bias=False)
         self.expand = nn.Conv2d(6, 12, 1, bias=False)
         self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
         self.project = nn.Conv2d(12, 6, 1, bias=False)
         self.head = nn.Conv2d(6, 10, 1, bias=False)
         self.bn1, self.bn2, self.bn3, self.bn4, self.bn5 = (nn.BatchNorm2d(n) for n in (6, 12, 12, 6, 10))
         self.act = nn.ReLU6()
-        self.linear = nn.Linear(10, classes)
+        self.linear = nn.Linear(10 * 4 * 4, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.bn1(self.stem(x)))
@@ -80,12 +83,12 @@ class Bottleneck(nn.Module):
         y = self.act(self.bn3(self.depthwise(y)))
         x = x + self.bn4(self.project(y))
         x = self.act(self.bn5(self.head(x)))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(x.flatten(1))
 
 
 def _resnet20(channels: int, classes: int) -> nn.Module:
     assert channels == 3
-    return adadfq.models.build_model("resnet20", num_classes=classes)
+    return resnet20(classes)
 
 
 #: (module, the same network of the oracle, number of activations)
@@ -131,18 +134,25 @@ def _widths(name: str) -> list[int]:
 EVERY_RECIPE = [(name, bits) for name in Recipe.names() for bits in _widths(name)]
 
 
-def _condensed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings on small images over a short schedule: the epochs at which something begins, and only those."""
-    epochs = ["epochs", "warmup_epochs", "calibration_epochs"]
-    begins = sorted({0, *(settings[name] for name in epochs), *settings["lr_milestones"]})
-    return {
-        **settings,
-        **{name: begins.index(settings[name]) for name in epochs},
+def _condensed(name: str, weight_bits: int, **overrides: Any) -> tuple[dict[str, Any], Recipe]:
+    """A recipe on small images over a short schedule: only the epochs at which something begins.
+
+    Returns:
+        The oracle's settings and the package's recipe, which the trainer settles for the width.
+    """
+    settings = oracle_step.settled(_as_json(name), weight_bits)
+    lengths = ["epochs", "warmup_epochs", "calibration_epochs"]
+    begins = sorted({0, *(settings[length] for length in lengths), *settings["lr_milestones"]})
+    changes = {
+        **{length: begins.index(settings[length]) for length in lengths},
         "lr_milestones": [begins.index(milestone) for milestone in settings["lr_milestones"]],
         "steps_per_epoch": STEPS_PER_EPOCH,
         "batch_size": BATCH,
         "image_size": 8,
+        **overrides,
     }
+    # A recipe in bfloat16 differs in its arithmetic only, which here is float64.
+    return {**settings, **changes}, Recipe.named(name, precision="float32", **changes)
 
 
 class _Recorded:
@@ -177,8 +187,7 @@ class _Watch:
         trainer.generator.register_forward_hook(
             lambda module, args, images: self.seen.tap(images, "loss_generator at images")
         )
-        functional = adadfq.game.functional
-        self._losses(monkeypatch, functional)
+        self._losses(monkeypatch, adadfq.game.functional)
         self._step = trainer.game.step
         trainer.game.step = self._compared  # type: ignore[method-assign]
 
@@ -187,6 +196,7 @@ class _Watch:
         return self.seen.noise, self.seen.labels
 
     def _losses(self, monkeypatch: pytest.MonkeyPatch, functional: Any) -> None:
+        """Keep what the step's metrics round to float32."""
         margin_loss, entropy_distillation = functional.margin_loss, functional.entropy_distillation
 
         def margin(t: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +220,6 @@ class _Watch:
 
         monkeypatch.setattr(functional, "margin_loss", margin)
         monkeypatch.setattr(functional, "entropy_distillation", distillation)
-        # Of the two, the game keeps no more than a row of float32 metrics: sums are taken where they are made.
         loss = self.trainer.game.bn_match.loss
 
         def statistics_loss() -> Tensor:
@@ -287,40 +296,41 @@ def _compare_all(what: str, got: dict[str, Any], want: dict[str, Tensor], floor:
         assert error <= TOLERANCE * size + floor, f"{what} {name}: {error:.2e} off, largest element {size:.2e}"
 
 
+def _players(
+    network: str, recipe: Recipe, settings: dict[str, Any], weight_bits: int, **options: Any
+) -> tuple[Trainer, OracleTraining]:
+    """A trainer and an oracle that start alike."""
+    teacher = _teacher(network, recipe.image_channels, recipe.num_classes)
+    act_bits = weight_bits + MORE_ACT_BITS
+    student = adadfq.quantize(teacher, weight_bits, act_bits)
+    generator = build_generator(recipe)
+    with torch.no_grad():
+        for parameter in generator.parameters():  # labels are to matter from the first step on
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for module in generator.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.mul_(torch.randn(len(module.weight), 1).exp())
+        # A student apart from its teacher, or log K - min H, by which H' is divided, would be next to nothing; but not on
+        # every image alike, or no H' would be high.
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 * parameter.std() if parameter.dim() > 1 else 0.03))
+        images = torch.randn(64, recipe.image_channels, 8, 8)
+        student.linear.bias.add_((teacher(images) - copy.deepcopy(student)(images)).mean(0))
+    states = teacher.state_dict(), _network_state(student), generator.state_dict()
+    training = OracleTraining(settings, *NETWORKS[network][1:], *states, weight_bits, act_bits)
+    return Trainer(teacher, student, recipe, generator, seed=3, progress=False, **options), training
+
+
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., _Watch]]:
-    def make(
-        network: str, recipe: Recipe, settings: dict[str, Any], weight_bits: int, cast: bool = True, **options: Any
-    ) -> _Watch:
-        teacher = _teacher(network, recipe.image_channels, recipe.num_classes)
-        act_bits = weight_bits + MORE_ACT_BITS
-        student = adadfq.quantize(teacher, weight_bits, act_bits)
-        generator = adadfq.generator.build_generator(recipe)
-        with torch.no_grad():  # labels are to matter from the first step on
-            for parameter in generator.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            # A student apart from its teacher, or log K - min H, by which H' is divided, would be next to nothing.
-            for parameter in student.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3 * parameter.std())
-        training = OracleTraining(
-            settings,
-            *NETWORKS[network][1:],
-            teacher.state_dict(),
-            _network_state(student),
-            generator.state_dict(),
-            weight_bits,
-            act_bits,
-        )
-        trainer = Trainer(teacher, student, recipe, generator, seed=3, progress=False, **options)
-        return _Watch(trainer, training, monkeypatch)
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Step]]:
+    """Train in float64, comparing every step; arguments as :func:`_players` takes. Returns the oracle's steps."""
 
-    return make
+    def start(*players: Any, **options: Any) -> list[Step]:
+        watch = _Watch(*_players(*players, **options), monkeypatch)
+        watch.trainer.fit()
+        return watch.steps
 
-
-#: In the words of Recipe, what a recipe may set without leaving this file's schedule and size.
-_SCHEDULE = (
-    "epochs", "steps_per_epoch", "batch_size", "image_size", "warmup_epochs", "calibration_epochs", "lr_milestones"
-)  # fmt: skip
+    return start
 
 
 @pytest.mark.parametrize("name,bits", EVERY_RECIPE)
@@ -346,16 +356,87 @@ def test_fields_without_an_oracle_are_named() -> None:
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("name,bits", EVERY_RECIPE)
 def test_every_step_of_a_recipe_equals_the_oracle(
-    start: Callable[..., _Watch], name: str, bits: int, fuse: bool
+    play: Callable[..., list[Step]], name: str, bits: int, fuse: bool
 ) -> None:
-    settings = _condensed(oracle_step.settled(_as_json(name), bits))
-    # A recipe in bfloat16 differs in its arithmetic only, which here is float64.
-    recipe = Recipe.named(name, precision="float32", **{key: settings[key] for key in _SCHEDULE})
-    network = "bottleneck" if "mobilenet" in name else "residual"
-    watch = start(network, recipe, settings, bits, fuse=fuse)
-    watch.trainer.fit()
-    phases = [step.phase for step in watch.steps]
+    settings, recipe = _condensed(name, bits)
+    steps = play("bottleneck" if "mobilenet" in name else "residual", recipe, settings, bits, fuse=fuse)
+    phases = [step.phase for step in steps]
     assert len(phases) == settings["epochs"] * STEPS_PER_EPOCH
     assert sum(phase.moves_ranges for phase in phases) >= 2
     assert any(not phase.trains_student for phase in phases)
     assert sum(phase.trains_student and not phase.moves_ranges for phase in phases) >= 3
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_every_step_on_a_resnet20_equals_the_oracle(play: Callable[..., list[Step]], fuse: bool) -> None:
+    settings, recipe = _condensed("cifar10_resnet20", 4, epochs=3)
+    assert len(play("resnet20", recipe, settings, 4, fuse=fuse)) == 3 * STEPS_PER_EPOCH
+
+
+#: What no shipped recipe does: both bounds felt by most samples, every weight of its own, ranges that still move while
+#: the student trains, and optimizers of other settings.
+OTHER = {
+    "num_classes": 7,
+    "image_size": 8,
+    "latent_dim": 16,
+    "batch_size": BATCH,
+    "epochs": 4,
+    "steps_per_epoch": STEPS_PER_EPOCH,
+    "warmup_epochs": 1,
+    "calibration_epochs": 2,
+    "lr_milestones": (2, 3),
+    "lr_decay": 0.3,
+    "lr_generator": 2e-3,
+    "lr_student": 1e-2,
+    "adam_betas": (0.7, 0.95),
+    "momentum": 0.6,
+    "weight_decay": 0.05,
+    "alpha_ds": 0.5,
+    "alpha_as": 0.3,
+    "beta": 0.7,
+    "gamma": 0.4,
+    "lambda_l": 0.45,
+    "lambda_u": 0.55,
+    "temperature": 3.0,
+}
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("detach_min", [False, True])
+@pytest.mark.parametrize("network,generator", [("residual", "label_embedding"), ("bottleneck", "conditional_bn")])
+def test_every_step_of_other_settings_equals_the_oracle(
+    play: Callable[..., list[Step]], backend: str, network: str, generator: str, detach_min: bool, fuse: bool
+) -> None:
+    changes = {**OTHER, "generator": generator, "detach_min": detach_min, "nesterov": not detach_min}
+    steps = play(network, Recipe(**changes), {**oracle_step.PAPER, **changes}, 4, fuse=fuse)
+    assert [tuple(step.phase[:2]) for step in steps[::STEPS_PER_EPOCH]] == [
+        (False, True),
+        (True, True),
+        (True, False),
+        (True, False),
+    ]
+    h_prime = torch.cat([step.values["h_prime"] for step in steps])
+    assert (h_prime < OTHER["lambda_l"]).any() and (h_prime > OTHER["lambda_u"]).any()
+
+
+def test_a_float32_trainer_follows_the_oracle() -> None:
+    """As users run it, nothing cast or replaced: phases and learning rates are the oracle's, updates nearly so."""
+    settings, recipe = _condensed("cifar10_resnet20", 4)
+    inputs: list[tuple[Tensor, Tensor]] = []
+    steps: list[Step] = []
+
+    def compare(epoch: int, trainer: Trainer) -> None:
+        before = training.generator, training.student
+        steps.extend(training.step(epoch, *inputs.pop(0)) for _ in range(STEPS_PER_EPOCH))
+        now, last = steps[-1].phase, steps[-1]
+        for optimizer, lr in (
+            (trainer.optimizer_generator, now.lr_generator),
+            (trainer.optimizer_student, now.lr_student),
+        ):
+            assert [group["lr"].item() for group in optimizer.param_groups] == [pytest.approx(lr, rel=1e-6)]
+        print(epoch, before, last)
+
+    trainer, training = _players("residual", recipe, settings, 4, on_epoch_end=compare)
+    trainer.generator.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    trainer.fit()
+    assert len(steps) == settings["epochs"] * STEPS_PER_EPOCH
