@@ -38,8 +38,9 @@ MORE_ACT_BITS = 1
 TOLERANCE = 1e-9
 #: Of a player's largest gradient. Some are zero in exact arithmetic, as a bias's before a BatchNorm: rounding errors.
 GRADIENT_FLOOR = 1e-12
-#: Those errors Adam, dividing by sqrt(v) + 1e-8, makes larger again; the largest error seen is 6e-10.
-UPDATE_TOLERANCE = 1e-8
+#: Of the generator's weights after a step: those errors Adam, dividing by sqrt(v) + 1e-8, makes larger again. The largest
+#: error seen is 6e-10; of the student's weights, which SGD moves by sums alone, 3e-14.
+ADAM_TOLERANCE, SGD_TOLERANCE = 1e-8, 1e-11
 #: Rounding errors reach 1e-12 of a step or of an activation; nearer than this, two right computations may differ.
 NEAREST_EDGE = 1e-10
 
@@ -250,14 +251,14 @@ class _Watch:
         values = {key: value for key, value in want.values.items() if key != "loss_generator"}
         _compare_all(step, self.seen.values, values)
         _compare_all(f"{step}, gradient of", self.seen.gradients, want.gradients)
-        for name, model, gradients, state in (
-            ("generator", trainer.generator, want.generator_gradients, want.generator),
-            ("student", trainer.student, want.student_gradients, want.student),
+        for name, model, gradients, state, tolerance in (
+            ("generator", trainer.generator, want.generator_gradients, want.generator, ADAM_TOLERANCE),
+            ("student", trainer.student, want.student_gradients, want.student, SGD_TOLERANCE),
         ):
             got = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
             floor = GRADIENT_FLOOR * max([g.abs().max().item() for g in gradients.values()], default=0.0)
             _compare_all(f"{step}, {name}'s gradient of", got, gradients, floor=floor)
-            _compare_all(f"{step}, {name}'s new", _network_state(model), state, UPDATE_TOLERANCE)
+            _compare_all(f"{step}, {name}'s new", _network_state(model), state, tolerance)
         self._compare_ranges(step, want)
         self._compare_metrics(step, metrics, want)
         return metrics
