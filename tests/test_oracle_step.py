@@ -38,8 +38,8 @@ MORE_ACT_BITS = 1
 TOLERANCE = 1e-9
 #: Of a player's largest gradient. Some are zero in exact arithmetic, as a bias's before a BatchNorm: rounding errors.
 GRADIENT_FLOOR = 1e-12
-#: Of the generator's weights after a step: those errors Adam, dividing by sqrt(v) + 1e-8, makes larger again. The largest
-#: error seen is 6e-10; of the student's weights, which SGD moves by sums alone, 3e-14.
+#: Of weights after a step. Adam, dividing by sqrt(v) + 1e-8, makes those errors larger again: in the generator up to
+#: 6e-10 is seen. SGD moves the student's by sums alone: 3e-14.
 ADAM_TOLERANCE, SGD_TOLERANCE = 1e-8, 1e-11
 #: Rounding errors reach 1e-12 of a step or of an activation; nearer than this, two right computations may differ.
 NEAREST_EDGE = 1e-10
