@@ -1,10 +1,11 @@
-"""The game: one step against the oracle in float64, and what a step computes."""
+"""The game: what a step computes, and with how many passes. Its results: test_oracle_step.py."""
 
 from __future__ import annotations
 
 import copy
 
 import oracle
+import oracle_step
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn import functional as torch_F
 from toy import toy_recipe, toy_teacher
 
 import adadfq
-from adadfq.game import METRICS, BatchNormMatch, Game
+from adadfq.game import BatchNormMatch, Game
 from adadfq.generator import (
     ConditionalBatchNorm2d,
     ConditionalGenerator,
@@ -24,15 +25,13 @@ from adadfq.generator import (
 from adadfq.nn import set_calibrating
 
 
-def _players(
-    dtype: torch.dtype = torch.float64, fused: bool = False, **settings: object
-) -> tuple[nn.Module, nn.Module, nn.Module, Game]:
+def _players(fused: bool = False) -> tuple[nn.Module, nn.Module, nn.Module, Game]:
     torch.manual_seed(0)
-    recipe = toy_recipe(**settings)
-    teacher = toy_teacher().to(dtype).eval()
+    recipe = toy_recipe()
+    teacher = toy_teacher()
     student = adadfq.quantize(teacher, 3, 3)
-    generator = build_generator(recipe).to(dtype)
-    student(torch.randn(8, 3, 8, 8, dtype=dtype))
+    generator = build_generator(recipe)
+    student(torch.randn(8, 3, 8, 8))
     set_calibrating(student, False)
     teacher.requires_grad_(False)
     game = Game(
@@ -46,97 +45,8 @@ def _players(
     return teacher, student, generator, game
 
 
-class _Rounding(torch.autograd.Function):
-    """The oracle's quantiser with the straight-through estimator."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:  # type: ignore[no-untyped-def]
-        return oracle.quantize(x, scale, zero_point, bits)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad, None, None, None
-
-
-def _oracle_student(teacher: nn.Module, parameters: dict[str, Tensor], student: nn.Module, x: Tensor) -> Tensor:
-    """The toy network's forward, written out, with rounded weights and the student's frozen ranges."""
-    acts = iter(student.act_quant.children())
-
-    def layer(name: str) -> Tensor:
-        weight = parameters[f"{name}.weight"]
-        rows = weight.detach().flatten(1)
-        scale, zero_point = oracle.quantizer_range(rows.amin(1), rows.amax(1), 3)
-        shape = [-1] + [1] * (weight.dim() - 1)
-        return _Rounding.apply(weight, scale.reshape(shape), zero_point.reshape(shape), 3)
-
-    def block(x: Tensor, conv: str, bn: str) -> Tensor:
-        norm = teacher.get_submodule(bn)
-        x = torch_F.conv2d(x, layer(conv), padding=1)
-        x = (x - norm.running_mean[:, None, None]) / torch.sqrt(norm.running_var[:, None, None] + norm.eps)
-        x = x * parameters[f"{bn}.weight"][:, None, None] + parameters[f"{bn}.bias"][:, None, None]
-        act = next(acts)
-        return _Rounding.apply(x.clamp(min=0), act.scale, act.zero_point, 3)
-
-    x = block(x, "conv1", "bn1")
-    x = block(x, "conv2", "bn2")
-    return torch_F.linear(x.mean((2, 3)), layer("linear"), parameters["linear.bias"])
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("detach_min", [False, True])
-@pytest.mark.parametrize("generator", ["label_embedding", "conditional_bn"])
-def test_one_step_equals_the_oracle(generator: str, detach_min: bool, fused: bool) -> None:
-    teacher, student, made, game = _players(
-        fused=fused, generator=generator, detach_min=detach_min, lambda_l=0.4, lambda_u=0.6, beta=0.7, gamma=0.3
-    )
-    recipe = game.recipe
-    noise = torch.randn(recipe.batch_size, recipe.latent_dim, dtype=torch.float64)
-    labels = torch.randint(10, (recipe.batch_size,))
-    twin = copy.deepcopy(made)
-    parameters = {k: v.detach().clone().requires_grad_() for k, v in student.named_parameters()}
-    seen: list[Tensor] = []
-    hooks = [
-        norm.register_forward_pre_hook(
-            lambda m, args: seen.append(oracle.batch_norm_statistics_loss(args[0], m.running_mean, m.running_var))
-        )
-        for norm in (teacher.bn1, teacher.bn2)
-    ]
-    images = twin(noise, labels)
-    t = teacher(images)
-    for hook in hooks:
-        hook.remove()
-    q = _oracle_student(teacher, parameters, student, images)
-    total, margin, ds, as_, h_prime = oracle.margin_loss(
-        t, q, labels, 0.4, 0.6, recipe.alpha_ds, recipe.alpha_as, recipe.beta, detach_min
-    )
-    bns = torch.stack(seen).mean()
-    loss_g = total + recipe.gamma * bns
-    loss_q = oracle.student_loss(t.detach(), q, recipe.temperature)
-    want_g = torch.autograd.grad(loss_g, list(twin.parameters()), retain_graph=True)
-    want_q = torch.autograd.grad(loss_q, list(parameters.values()))
-
-    metrics = dict(zip(METRICS, game.step(noise, labels, train_student=True).tolist(), strict=True))
-    for got, want in zip(made.parameters(), want_g, strict=True):
-        torch.testing.assert_close(got.grad, want, rtol=1e-7, atol=1e-10)
-    for (_, got), want in zip(student.named_parameters(), want_q, strict=True):
-        torch.testing.assert_close(got.grad, want, rtol=1e-7, atol=1e-10)
-    expected = {
-        "loss_generator": loss_g,
-        "loss_margin": margin,
-        "loss_ds": ds,
-        "loss_as": as_,
-        "loss_bns": bns,
-        "loss_student": loss_q,
-        "loss_features": torch.zeros(()),
-        "h_prime": h_prime.mean(),
-        "agreement": (t.argmax(1) == q.argmax(1)).double().mean(),
-        "teacher_accuracy": (t.argmax(1) == labels).double().mean(),
-    }
-    assert metrics == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
-
-
 def _calls(train_student: bool, fused: bool) -> dict[str, int]:
-    _, _, _, game = _players(torch.float32, fused)
+    _, _, _, game = _players(fused)
     noise, labels = torch.randn(8, 16), torch.arange(8)
     forwards = {"teacher": 0, "student": 0, "generator": 0}
     for name in forwards:
@@ -177,7 +87,7 @@ def test_the_generators_loss_computes_no_weight_gradient_of_the_networks(fused: 
                 masks.append((args[-1][0], args[-1][1]))
             return func(*args, **(kwargs or {}))
 
-    _, _, _, game = _players(torch.float32, fused)
+    _, _, _, game = _players(fused)
     with Watch():
         game.step(torch.randn(8, 16), torch.arange(8), train_student=True)
     image_gradient_only, weight_gradient_only, both = (True, False), (False, True), (True, True)
@@ -188,7 +98,7 @@ def test_the_generators_loss_computes_no_weight_gradient_of_the_networks(fused: 
 
 
 def test_warm_up_leaves_the_student_alone() -> None:
-    _, student, generator, game = _players(torch.float32)
+    _, student, generator, game = _players()
     before = copy.deepcopy(student.state_dict()), copy.deepcopy(generator.state_dict())
     game.step(torch.randn(8, 16), torch.arange(8), train_student=False)
     assert all(torch.equal(v, before[0][k]) for k, v in student.state_dict().items())
@@ -220,45 +130,24 @@ def test_a_teacher_without_batch_norm_is_refused() -> None:
         BatchNormMatch(nn.BatchNorm2d(3, track_running_stats=False))
 
 
-def _norm(x: Tensor, eps: float) -> Tensor:
-    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-    return (x - mean) / torch.sqrt(var + eps)
-
-
-@pytest.mark.parametrize("make", [LabelEmbeddingGenerator, ConditionalGenerator])
-def test_generators_are_the_papers(make: type[nn.Module]) -> None:
-    """Written out: where each norm, upsampling and activation stands, and with which constants."""
+@pytest.mark.parametrize(
+    "kind,make", [("label_embedding", LabelEmbeddingGenerator), ("conditional_bn", ConditionalGenerator)]
+)
+def test_generators_are_the_papers(kind: str, make: type[nn.Module]) -> None:
+    """Written out in the oracle: where each norm, upsampling and activation stands, and with which constants."""
     torch.manual_seed(0)
     generator = make(10, 16, 3, latent_dim=12).double()
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    p = dict(generator.named_parameters())
     noise, labels = torch.randn(6, 12, dtype=torch.float64), torch.tensor([0, 3, 3, 9, 1, 7])
-
-    def affine(x: Tensor, name: str) -> Tensor:
-        if make is ConditionalGenerator:
-            rows = p[f"{name}.weight.weight"][labels], p[f"{name}.bias.weight"][labels]
-            return x * rows[0][:, :, None, None] + rows[1][:, :, None, None]
-        return x * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
-
-    def double(x: Tensor) -> Tensor:
-        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-    def leaky(x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, 0.2 * x)
-
-    def conv(x: Tensor, name: str) -> Tensor:
-        return torch_F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], padding=1)
-
-    x = noise if make is ConditionalGenerator else noise * p["label_embedding.weight"][labels]
-    x = (x @ p["project.weight"].T + p["project.bias"]).reshape(6, 128, 4, 4)
-    x = double(affine(_norm(x, 1e-5), "norm1"))
-    x = double(leaky(affine(_norm(conv(x, "conv2"), 0.8), "norm2")))
-    x = leaky(affine(_norm(conv(x, "conv3"), 0.8), "norm3"))
-    expected = _norm(torch.tanh(conv(x, "to_image")), 1e-5)
-    assert p["conv2.weight"].shape == (128, 128, 3, 3) and p["conv3.weight"].shape == (64, 128, 3, 3)
+    state = {key: value.clone() for key, value in generator.state_dict().items()}
+    expected, statistics = oracle_step.generate(kind, state, noise, labels, oracle_step.Edges())
+    assert state["conv2.weight"].shape == (128, 128, 3, 3) and state["conv3.weight"].shape == (64, 128, 3, 3)
     torch.testing.assert_close(generator(noise, labels), expected, rtol=1e-9, atol=1e-9)
+    found = generator.state_dict()
+    for key, value in statistics.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("make", [LabelEmbeddingGenerator, ConditionalGenerator])
@@ -317,7 +206,7 @@ def test_upsampled_convolutions_are_upsampling_and_convolution(memory_format: to
 
 def test_the_last_backward_of_a_step_lets_go_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the teacher and the generator, whose layers hold most of the memory, only one pass goes: the last."""
-    _, _, _, game = _players(torch.float32)
+    _, _, _, game = _players()
     kept: list[tuple[bool, bool]] = []
     grad = torch.autograd.grad
 

@@ -1,0 +1,462 @@
+"""Training step by step in float64 and plain PyTorch, written from the paper's formulas, importing no package code.
+
+:class:`OracleTraining` plays both players' steps: the generator, the two networks, every loss, the gradients (by
+autograd), the optimizers and the schedule. Networks are functions of a player and the images, in terms of the player's
+layers.
+Parameters are named as the package names them in a state_dict, which is what both sides start from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import oracle
+import torch
+from torch import Tensor
+from torch.nn import functional as torch_F
+
+#: The paper's CIFAR-10 settings, and every setting that this file computes.
+PAPER: dict[str, Any] = {
+    "num_classes": 10,
+    "image_size": 32,
+    "image_channels": 3,
+    "epochs": 400,
+    "steps_per_epoch": 200,
+    "batch_size": 16,
+    "warmup_epochs": 4,
+    "calibration_epochs": 4,
+    "generator": "label_embedding",
+    "latent_dim": 100,
+    "lr_generator": 1e-3,
+    "adam_betas": [0.5, 0.999],
+    "lr_student": 1e-4,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 1e-4,
+    "lr_milestones": [100, 200, 300],
+    "lr_decay": 0.1,
+    "alpha_ds": 0.2,
+    "alpha_as": 0.1,
+    "beta": 1.0,
+    "gamma": 1.0,
+    "lambda_l": 0.1,
+    "lambda_u": 0.8,
+    "temperature": 20.0,
+    "detach_min": False,
+}
+#: Fields of a recipe without a part in a step's mathematics: here all of it is in float64.
+NO_PART = {"name", "source", "mean", "std", "precision", "by_weight_bits"}
+
+RANGE_MOMENTUM = 0.9
+BATCH_NORM_MOMENTUM = 0.1
+BATCH_NORM_EPS = 1e-5
+ADAM_EPS = 1e-8
+
+
+class Unknown(Exception):
+    """A recipe asks for something that this file does not compute."""
+
+
+def settled(recipe: Mapping[str, Any], weight_bits: int) -> dict[str, Any]:
+    """The paper's settings, changed by those a recipe's file sets and by those it sets for one width.
+
+    Raises:
+        Unknown: one of them has no oracle.
+    """
+    by_width = recipe.get("by_weight_bits", {}).get(str(weight_bits), {})
+    changes = {**recipe, **by_width}
+    if unknown := sorted(set(changes) - set(PAPER) - NO_PART):
+        raise Unknown(
+            f"the recipe sets {', '.join(unknown)}, which tests/oracle_step.py does not compute: write the oracle of "
+            "each there, from its formula, and add it to PAPER with the value that leaves it out"
+        )
+    settings = {**PAPER, **{name: value for name, value in changes.items() if name in PAPER}}
+    if settings["generator"] not in GENERATOR_NORMS:
+        raise Unknown(f"the recipe's generator {settings['generator']!r} is not written in tests/oracle_step.py")
+    return settings
+
+
+class Phase(NamedTuple):
+    """What an epoch's steps do."""
+
+    trains_student: bool
+    moves_ranges: bool
+    lr_generator: float
+    lr_student: float
+
+
+def phase(settings: Mapping[str, Any], epoch: int) -> Phase:
+    decay = 1.0
+    for milestone in settings["lr_milestones"]:
+        if epoch >= milestone:
+            decay *= settings["lr_decay"]
+    return Phase(
+        epoch >= settings["warmup_epochs"],
+        epoch < settings["calibration_epochs"],
+        settings["lr_generator"] * decay,
+        settings["lr_student"] * decay,
+    )
+
+
+class Edges:
+    """How near a step came to where a function jumps or bends.
+
+    Two right computations, an ulp apart, may fall on different sides there.
+    """
+
+    def __init__(self) -> None:
+        self.nearest, self.where = math.inf, "nowhere"
+
+    def add(self, where: str, distances: Tensor) -> None:
+        distance = distances.detach().abs().min().item()
+        if not distance >= self.nearest:  # NaN is nearest
+            self.nearest, self.where = distance, where
+
+
+class Range:
+    """An activation's range: an average of batches' ends, in which every batch weighs 0.9 of the next one.
+
+    The package documents that it keeps ranges in float32 whatever the network is in; so does this one.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits, self.batches = bits, 0
+        self.lo = self.hi = torch.zeros(())
+
+    def move(self, x: Tensor) -> None:
+        self.batches += 1
+        rate = oracle.moving_average_rate(self.batches, RANGE_MOMENTUM)
+        ends = x.detach().min(), x.detach().max()
+        self.lo, self.hi = (
+            (past.double() * (1 - rate) + end * rate).float()
+            for past, end in zip((self.lo, self.hi), ends, strict=True)
+        )
+
+    def quantizer(self) -> tuple[Tensor, Tensor]:
+        """scale, rounded to float32 after every operation, and zero point."""
+        lo, hi = self.lo.clamp(max=0), self.hi.clamp(min=0)
+        scale = (hi - lo) / (2**self.bits - 1)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return scale.double(), torch.round(-lo / scale).double()
+
+
+class Teacher:
+    """Layers by name over float parameters, collecting the statistics loss of every BatchNorm it passes."""
+
+    def __init__(self, state: Mapping[str, Tensor], edges: Edges) -> None:
+        self.state, self.edges = state, edges
+        self.statistics_losses: list[Tensor] = []
+
+    def weight(self, name: str) -> Tensor:
+        return self.state[f"{name}.weight"]
+
+    def conv(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
+        """Square kernels, padded to keep the size at stride 1."""
+        weight = self.weight(name)
+        return torch_F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, weight.shape[2] // 2, groups=groups)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return torch_F.linear(x, self.weight(name), self.state.get(f"{name}.bias"))
+
+    def batch_norm(self, x: Tensor, name: str) -> Tensor:
+        mean, var, weight, bias = (
+            self.state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        self.normalised(x, mean, var)
+        return oracle.batch_norm(x, mean, var, weight, bias, BATCH_NORM_EPS)
+
+    def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
+        self.statistics_losses.append(oracle.batch_norm_statistics_loss(x, mean, var))
+
+    def act(self, x: Tensor, kind: str) -> Tensor:
+        self.edges.add(f"{type(self).__name__.lower()}'s {kind} at 0", x)
+        if kind == "relu6":
+            self.edges.add(f"{type(self).__name__.lower()}'s relu6 at 6", x - 6)
+        return oracle.activation(x, kind)
+
+
+class Student(Teacher):
+    """The same layers with rounded weights, and with activations rounded over ranges that move or stand still."""
+
+    def __init__(self, state: Mapping[str, Tensor], edges: Edges, bits: int, ranges: list[Range], moving: bool) -> None:
+        super().__init__(state, edges)
+        self.bits, self.ranges, self.moving = bits, iter(ranges), moving
+
+    def weight(self, name: str) -> Tensor:
+        weight = self.state[f"{name}.weight"]
+        rows = weight.detach().flatten(1)
+        lo, hi = rows.min(1).values, rows.max(1).values
+        scale, zero_point = oracle.quantizer_range(lo, hi, self.bits)
+        each = (-1,) + (1,) * (weight.dim() - 1)
+        self.edges.add(f"rounding of {name}.weight", oracle.tie_distance(weight.detach(), scale.reshape(each)))
+        self.edges.add(f"zero point of {name}.weight", oracle.tie_distance(lo.clamp(max=0), scale))
+        return oracle.straight_through(weight, scale.reshape(each), zero_point.reshape(each), self.bits)
+
+    def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
+        pass  # only the teacher's statistics are matched
+
+    def act(self, x: Tensor, kind: str) -> Tensor:
+        x = super().act(x, kind)
+        range_ = next(self.ranges)
+        if self.moving:
+            range_.move(x)
+        scale, zero_point = range_.quantizer()
+        self.edges.add(f"rounding after {kind}", oracle.tie_distance(x.detach(), scale))
+        return oracle.straight_through(x, scale, zero_point, range_.bits)
+
+
+#: logits = network(player, images)
+Network = Callable[[Teacher, Tensor], Tensor]
+
+
+def residual_net(net: Teacher, x: Tensor) -> Tensor:
+    """A basic block between two convolutions, the last with a bias and stride 2."""
+    x = net.act(net.batch_norm(net.conv(x, "conv1"), "bn1"), "relu")
+    y = net.act(net.batch_norm(net.conv(x, "conv2"), "bn2"), "relu")
+    x = net.act(net.batch_norm(net.conv(y, "conv3"), "bn3") + x, "relu")
+    x = net.act(net.batch_norm(net.conv(x, "conv4", stride=2), "bn4"), "relu")
+    return net.linear(x.flatten(1), "linear")
+
+
+def bottleneck_net(net: Teacher, x: Tensor) -> Tensor:
+    """MobileNetV2's block: ReLU6, a depthwise convolution, and a sum without an activation."""
+    x = net.act(net.batch_norm(net.conv(x, "stem", stride=2), "bn1"), "relu6")
+    y = net.act(net.batch_norm(net.conv(x, "expand"), "bn2"), "relu6")
+    y = net.act(net.batch_norm(net.conv(y, "depthwise", groups=y.shape[1]), "bn3"), "relu6")
+    x = x + net.batch_norm(net.conv(y, "project"), "bn4")
+    x = net.act(net.batch_norm(net.conv(x, "head"), "bn5"), "relu6")
+    return net.linear(x.flatten(1), "linear")
+
+
+def resnet20(net: Teacher, x: Tensor) -> Tensor:
+    """He et al. 2015, section 4.2, with shortcuts that take every second pixel and pad channels with zeros."""
+    x = net.act(net.batch_norm(net.conv(x, "conv1"), "bn1"), "relu")
+    for layer in (1, 2, 3):
+        for i in range(3):
+            name, stride = f"layer{layer}.{i}", 2 if layer > 1 and i == 0 else 1
+            y = net.act(net.batch_norm(net.conv(x, f"{name}.conv1", stride=stride), f"{name}.bn1"), "relu")
+            y = net.batch_norm(net.conv(y, f"{name}.conv2"), f"{name}.bn2")
+            if stride == 2:
+                small = x[:, :, ::2, ::2]
+                zeros = torch.zeros_like(small[:, : small.shape[1] // 2])
+                x = torch.cat([zeros, small, zeros], 1)
+            x = net.act(y + x, "relu")
+    return net.linear(x.mean((2, 3)), "linear")
+
+
+def _plain_affine(state: Mapping[str, Tensor], norm: str, labels: Tensor) -> tuple[Tensor, Tensor, str]:
+    return state[f"{norm}.weight"], state[f"{norm}.bias"], norm
+
+
+def _class_affine(state: Mapping[str, Tensor], norm: str, labels: Tensor) -> tuple[Tensor, Tensor, str]:
+    return state[f"{norm}.weight.weight"][labels], state[f"{norm}.bias.weight"][labels], f"{norm}.norm"
+
+
+#: Scale and shift of an inner norm, and where its statistics are.
+GENERATOR_NORMS = {"label_embedding": _plain_affine, "conditional_bn": _class_affine}
+
+
+def generate(
+    kind: str, state: Mapping[str, Tensor], noise: Tensor, labels: Tensor, edges: Edges
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(images, running statistics afterwards) of a generator in train mode."""
+    statistics: dict[str, Tensor] = {}
+
+    def norm(x: Tensor, name: str, eps: float, slope: float) -> Tensor:
+        weight = bias = None
+        where = name
+        if name != "image_norm":
+            weight, bias, where = GENERATOR_NORMS[kind](state, name, labels)
+        y, mean, var = oracle.batch_norm_act(x, weight, bias, eps, slope)
+        if slope != 1:
+            edges.add("generator's LeakyReLU at 0", y)
+        count = x.numel() // x.shape[1]
+        moved = {"running_mean": mean, "running_var": var * count / (count - 1)}
+        for key, value in moved.items():
+            past = state[f"{where}.{key}"]
+            statistics[f"{where}.{key}"] = (past + BATCH_NORM_MOMENTUM * (value - past)).detach()
+        tracked = f"{where}.num_batches_tracked"
+        statistics[tracked] = state[tracked] + 1
+        return y
+
+    def conv(x: Tensor, name: str) -> Tensor:
+        return torch_F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding=1)
+
+    def double(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    x = noise if kind == "conditional_bn" else noise * state["label_embedding.weight"][labels]
+    x = torch_F.linear(x, state["project.weight"], state["project.bias"])
+    size = math.isqrt(x.shape[1] // 128)
+    x = norm(x.reshape(-1, 128, size, size), "norm1", BATCH_NORM_EPS, 1.0)
+    # The authors' code passes 0.8 where BatchNorm takes its eps.
+    x = norm(conv(double(x), "conv2"), "norm2", 0.8, 0.2)
+    x = norm(conv(double(x), "conv3"), "norm3", 0.8, 0.2)
+    x = norm(torch.tanh(conv(x, "to_image")), "image_norm", BATCH_NORM_EPS, 1.0)
+    return x, statistics
+
+
+def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+
+class Adam:
+    """Kingma and Ba 2015, algorithm 1."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], betas: tuple[float, float]) -> None:
+        self.betas, self.steps = betas, 0
+        self.first, self.second = _zeros(parameters), _zeros(parameters)
+
+    def step(self, parameters: dict[str, Tensor], gradients: Mapping[str, Tensor], lr: float) -> None:
+        self.steps += 1
+        b1, b2 = self.betas
+        for name, g in gradients.items():
+            self.first[name] = b1 * self.first[name] + (1 - b1) * g
+            self.second[name] = b2 * self.second[name] + (1 - b2) * g * g
+            m = self.first[name] / (1 - b1**self.steps)
+            v = self.second[name] / (1 - b2**self.steps)
+            parameters[name] = parameters[name] - lr * m / (torch.sqrt(v) + ADAM_EPS)
+
+
+class SGD:
+    """v <- momentum v + g; the weight moves against v, or with Nesterov's look ahead against g + momentum v."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], momentum: float, nesterov: bool, weight_decay: float) -> None:
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.velocity = _zeros(parameters)
+
+    def step(self, parameters: dict[str, Tensor], gradients: Mapping[str, Tensor], lr: float) -> None:
+        for name, g in gradients.items():
+            g = g + self.weight_decay * parameters[name]
+            self.velocity[name] = self.momentum * self.velocity[name] + g
+            direction = g + self.momentum * self.velocity[name] if self.nesterov else self.velocity[name]
+            parameters[name] = parameters[name] - lr * direction
+
+
+class Step(NamedTuple):
+    """All that one step computed. Dictionaries are by parameter or statistic; those of the end are after the update."""
+
+    phase: Phase
+    values: dict[str, Tensor]
+    """images, both logits, h_prime [B] and the losses."""
+    gradients: dict[str, Tensor]
+    """At the images, and at the logits for either loss."""
+    generator_gradients: dict[str, Tensor]
+    student_gradients: dict[str, Tensor]
+    """Empty while only the generator trains."""
+    generator: dict[str, Tensor]
+    """Parameters and running statistics."""
+    student: dict[str, Tensor]
+    """Parameters and running statistics."""
+    ranges: list[tuple[Tensor, Tensor, int, Tensor, Tensor]]
+    """Of every activation in the order of the forward: (lo, hi, batches seen, scale, zero point)."""
+    edges: Edges
+
+
+class OracleTraining:
+    """Both players from the state_dicts they start with.
+
+    Args:
+        settings: of :func:`settled`.
+        network: one of the networks above.
+        activations: how many activations it has.
+        teacher, student, generator: their parameters and running statistics.
+        weight_bits, act_bits: widths.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        network: Network,
+        activations: int,
+        teacher: Mapping[str, Tensor],
+        student: Mapping[str, Tensor],
+        generator: Mapping[str, Tensor],
+        weight_bits: int,
+        act_bits: int,
+    ) -> None:
+        self.settings, self.network, self.bits = settings, network, weight_bits
+        self.teacher, self.student, self.generator = (
+            {key: value.double() if value.is_floating_point() else value.clone() for key, value in state.items()}
+            for state in (teacher, student, generator)
+        )
+        self.ranges = [Range(act_bits) for _ in range(activations)]
+        betas = settings["adam_betas"]
+        self.adam = Adam(_parameters(self.generator), (betas[0], betas[1]))
+        self.sgd = SGD(_parameters(self.student), settings["momentum"], settings["nesterov"], settings["weight_decay"])
+
+    def step(self, epoch: int, noise: Tensor, labels: Tensor) -> Step:
+        settings, now, edges = self.settings, phase(self.settings, epoch), Edges()
+        generator = {k: v.requires_grad_() for k, v in _parameters(self.generator).items()}
+        student = {k: v.requires_grad_() for k, v in _parameters(self.student).items()}
+
+        images, statistics = generate(
+            settings["generator"], {**self.generator, **generator}, noise.double(), labels, edges
+        )
+        watching = Teacher(self.teacher, edges)
+        t = self.network(watching, images)
+        quantised = Student({**self.student, **student}, edges, self.bits, self.ranges, now.moves_ranges)
+        q = self.network(quantised, images)
+
+        total, margin, disagreement, agreement, h_prime = oracle.margin_loss(
+            t,
+            q,
+            labels,
+            settings["lambda_l"],
+            settings["lambda_u"],
+            settings["alpha_ds"],
+            settings["alpha_as"],
+            settings["beta"],
+            settings["detach_min"],
+        )
+        for name in ("lambda_l", "lambda_u"):
+            edges.add(f"H' at {name}", h_prime - settings[name])
+        statistics_loss = sum(watching.statistics_losses) / len(watching.statistics_losses)
+        loss_generator = total + settings["gamma"] * statistics_loss
+        loss_student = oracle.student_loss(t.detach(), q, settings["temperature"])
+
+        gradients, student_gradients = {}, {}
+        places = {"images": images, "teacher_logits": t, "student_logits": q}
+        found = torch.autograd.grad(loss_generator, [*places.values(), *generator.values()], retain_graph=True)
+        gradients.update({f"loss_generator at {key}": g for key, g in zip(places, found, strict=False)})
+        generator_gradients = dict(zip(generator, found[len(places) :], strict=True))
+        if now.trains_student:
+            found = torch.autograd.grad(loss_student, [q, *student.values()])
+            gradients["loss_student at student_logits"] = found[0]
+            student_gradients = dict(zip(student, found[1:], strict=True))
+
+        with torch.no_grad():
+            self.adam.step(self.generator, generator_gradients, now.lr_generator)
+            self.sgd.step(self.student, student_gradients, now.lr_student)
+            self.generator.update(statistics)
+        values = {
+            "images": images,
+            "teacher_logits": t,
+            "student_logits": q,
+            "h_prime": h_prime,
+            "loss_generator": loss_generator,
+            "loss_margin": margin,
+            "loss_ds": disagreement,
+            "loss_as": agreement,
+            "loss_bns": statistics_loss,
+            "loss_student": loss_student,
+        }
+        return Step(
+            now,
+            {key: value.detach() for key, value in values.items()},
+            gradients,
+            generator_gradients,
+            student_gradients,
+            dict(self.generator),
+            dict(self.student),
+            [(r.lo, r.hi, r.batches, *r.quantizer()) for r in self.ranges],
+            edges,
+        )
+
+
+def _parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what trains: all but the running statistics."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return {key: value.detach().clone() for key, value in state.items() if not key.endswith(statistics)}
