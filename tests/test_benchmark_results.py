@@ -33,6 +33,7 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
         "weight_bits": 3,
         "act_bits": 3,
         "settings": {"epochs": 10},
+        "recipe_digest": "0",
         "variant": {},
         "seed": seed,
         "status": "diverged" if value is None else "ok",
