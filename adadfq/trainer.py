@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adadfq import files, optimizers
+from adadfq import files, optimizers, resume_state
 from adadfq.capture import CapturedStep
-from adadfq.checkpoint import fitted, load_weights, read_state_dict, write_state_dict
+from adadfq.checkpoint import write_state_dict
 from adadfq.convert import QUANTIZING, module_bits, quantized_info
-from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
+from adadfq.errors import AdadfqError, InvalidInputError
 from adadfq.fusion import fuse as fuse_network
 from adadfq.fusion import is_fused, with_features
 from adadfq.game import METRICS, REPLAY_METRICS, Game, draw_noise
@@ -166,6 +166,8 @@ class Trainer:
         # Metrics of the epoch in progress, for its mean, and H' [B] of its steps.
         self._rows: list[dict[str, float]] = []
         self._h_prime: list[Tensor] = []
+        #: Whether the student's quantisers are as its training wants them.
+        self._begun = False
         #: Learning rates as the optimizers have them.
         self._rates: dict[torch.optim.Optimizer, float] = {}
 
@@ -282,7 +284,7 @@ class Trainer:
         if resume:
             if directory is None:
                 raise InvalidInputError("resume needs the directory of the run to go on with")
-            self._restore(directory)
+            resume_state.restore(self, directory)
             (directory / RESULT).unlink(missing_ok=True)
         elif directory is not None:
             files.new_directory(directory)
@@ -318,7 +320,7 @@ class Trainer:
                 shutil.rmtree(directory)  # made above, and worth nothing yet
             raise KeyboardInterrupt
         if not complete and directory is not None:
-            self._save_checkpoint(directory / CHECKPOINT)
+            resume_state.save(self, directory / CHECKPOINT)
         self._freeze()
         for module in self._quantizers:
             if not isinstance(module, QuantAct) and module.weight_scale is None:
@@ -342,7 +344,8 @@ class Trainer:
         else:
             self._freeze()
         first = self.step
-        if first == max(recipe.warmup_epochs, recipe.calibration_epochs) * recipe.steps_per_epoch:
+        if not self._begun and self.epoch >= max(recipe.warmup_epochs, recipe.calibration_epochs):
+            self._begun = True
             self._begin_student()
         while self.step < (self.epoch + 1) * recipe.steps_per_epoch and not interrupted():
             self._set_learning_rates()
@@ -383,7 +386,7 @@ class Trainer:
             self.generator.train()
             self._captured = {}  # it may have put other tensors in place
         if self._directory is not None and self.epoch < recipe.epochs:
-            self._save_checkpoint(self._directory / CHECKPOINT)
+            resume_state.save(self, self._directory / CHECKPOINT)
 
     def _freeze(self) -> None:
         """Freeze every range; quantisers the forward pass never reaches have none and need none."""
@@ -412,90 +415,6 @@ class Trainer:
                         f"{name} is {row[name]} at step {step} (epoch {self.epoch + 1}): training diverged; lower "
                         "lr_student or lr_generator, or check the teacher on real input"
                     )
-
-    def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree on; epochs may grow."""
-        recipe = self.recipe.to_dict()
-        recipe.pop("epochs")
-        return {"recipe": recipe, "seed": self.seed, "bits": module_bits(self.student)}
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "settings": self._settings(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "rows": self._rows,
-            "student": self.student.state_dict(),
-            "generator": self.generator.state_dict(),
-            "optimizer_student": self.optimizer_student.state_dict(),
-            "optimizer_generator": self.optimizer_generator.state_dict(),
-            "optimizer_steps": None if self.optimizer_steps is None else self.optimizer_steps.state_dict(),
-            "averaged": None if self.game.averaged is None else self.game.averaged.state_dict(),
-            "bank": None if self.game.bank is None else self.game.bank.state(),
-            "history": {"metrics": self.epoch_metrics, "h_prime": self.epoch_h_prime},
-            "h_prime": self._h_prime,
-            "random": self.random.get_state(),
-        }
-
-    def _save_checkpoint(self, path: Path) -> None:
-        with files.atomic_write(path) as temporary:
-            torch.save(self._state(), temporary)
-
-    def _restore(self, directory: Path) -> None:
-        """Take up the run in `directory`; everything is checked before anything is changed."""
-        path = directory / CHECKPOINT
-        if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint to resume from at {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever its zip and pickle readers do
-            # The reader's own advice is to load it unsafely: only its first sentence is passed on.
-            raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0].split('. ')[0]}") from None
-        expected = set(self._state())
-        if not isinstance(state, dict) or set(state) != expected:
-            raise CheckpointError(f"{path} is not a checkpoint of adadfq: it must hold {', '.join(sorted(expected))}")
-        ours, theirs = self._settings(), state["settings"]
-        differing = [k for k in ours["recipe"] if ours["recipe"][k] != theirs["recipe"].get(k)]
-        differing += [k for k in ("seed", "bits") if ours[k] != theirs[k]]
-        file = directory / "teacher.safetensors"
-        theirs_then, ours_now = fitted(self.teacher, read_state_dict(file), file), self.teacher.state_dict()
-        if not all(torch.equal(ours_now[key].cpu(), theirs_then[key]) for key in theirs_then):
-            differing.append("teacher")
-        for name in ("optimizer_student", "optimizer_generator"):
-            counts = [len(group["params"]) for group in state[name]["param_groups"]]
-            if counts != [len(group["params"]) for group in getattr(self, name).param_groups]:
-                differing.append(f"trained parameters of {name}")
-        if differing:
-            raise CheckpointError(
-                f"{path} belongs to a run with other settings ({', '.join(differing)}): resume with the same ones"
-            )
-        if state["epoch"] >= self.recipe.epochs:
-            raise CheckpointError(
-                f"{path} has {state['epoch']} epochs behind it and the recipe asks for {self.recipe.epochs}: "
-                "give more epochs to go on"
-            )
-        players = {"student": self.student, "generator": self.generator}
-        for name, model in players.items():
-            fitted(model, state[name], f"{path} ({name})")
-        for name, model in players.items():
-            load_weights(model, state[name], f"{path} ({name})")
-        if state["optimizer_steps"] is not None:
-            self._learn_steps()
-        for name in ("optimizer_student", "optimizer_generator", "optimizer_steps"):
-            optimizer = getattr(self, name)
-            if optimizer is not None:
-                optimizer.load_state_dict(state[name])
-                for group in optimizer.param_groups:
-                    group["lr"] = group["lr"].to(self.device)
-        if self.game.averaged is not None:
-            self.game.averaged.load_state_dict(state["averaged"])
-        if self.game.bank is not None:
-            self.game.bank.load_state(state["bank"], self.device)
-        self.epoch_metrics = list(state["history"]["metrics"])
-        self.epoch_h_prime = [tuple(quantiles) for quantiles in state["history"]["h_prime"]]
-        self._h_prime = [values.to(self.device) for values in state["h_prime"]]
-        self.random.set_state(state["random"])
-        self.epoch, self.step, self._rows = state["epoch"], state["step"], state["rows"]
 
 
 def _fused(name: str, model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -297,3 +298,31 @@ def test_spectral_norm_bounds_the_generators_layers() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(adadfq.InvalidInputError, match=message):
         toy_recipe(**settings)
+
+
+def test_an_interrupt_before_the_students_first_step_prepares_it_once(tmp_path: Path) -> None:
+    option = {**OPTIONS["together"], "epochs": 3}
+    unbroken = _trainer(**option).fit()
+    interrupted = _trainer(**option)
+    begin = interrupted._begin_student
+
+    def prepare_and_interrupt() -> None:
+        begin()
+        signal.raise_signal(signal.SIGINT)
+
+    interrupted._begin_student = prepare_and_interrupt  # type: ignore[method-assign]
+    result = interrupted.fit(tmp_path / "run")
+    assert (result.status, result.steps) == ("interrupted", 4)
+    resumed = _trainer(**option).fit(tmp_path / "run", resume=True)
+    assert _same(resumed.student, unbroken.student)
+
+
+def test_more_epochs_on_resuming_would_be_another_cosine(tmp_path: Path) -> None:
+    def stop(epoch: int, trainer: adadfq.Trainer) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _trainer(stop, lr_schedule="cosine").fit(tmp_path / "run")
+    with pytest.raises(adadfq.CheckpointError, match="other settings \\(epochs\\)"):
+        _trainer(lr_schedule="cosine", epochs=5).fit(tmp_path / "run", resume=True)
