@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adadfq.ops.schema import compute_dtype
+
 __all__ = ["cross_entropy", "feature_loss", "soft_targets"]
 
 
@@ -19,14 +21,14 @@ def feature_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor
         student: the student's, of the same shapes.
 
     Returns:
-        A float32 scalar; 0 where they are equal, 1 where the student's are 0.
+        A scalar, float32 (float64 for float64); 0 where they are equal, 1 where the student's are 0.
     """
     terms = []
     for target, found in zip(teacher, student, strict=True):
-        target = target.detach().float()
+        target = _compute(target.detach())
         power = target.square().mean()
         # A dead block, all zeros, has nothing to be relative to.
-        terms.append(F.mse_loss(found.float(), target) / torch.where(power > 0, power, torch.ones_like(power)))
+        terms.append(F.mse_loss(_compute(found), target) / torch.where(power > 0, power, torch.ones_like(power)))
     return torch.stack(terms).mean()
 
 
@@ -39,7 +41,7 @@ def soft_targets(teacher_logits: Tensor, labels: Tensor, threshold: float) -> Te
         labels: int64 [B].
         threshold: probability in 0..1.
     """
-    probabilities = teacher_logits.detach().float().softmax(1)
+    probabilities = _compute(teacher_logits.detach()).softmax(1)
     hard = F.one_hot(labels, probabilities.shape[1]).to(probabilities.dtype)
     difficult = probabilities.gather(1, labels[:, None]) < threshold
     return torch.where(difficult, probabilities, hard)
@@ -47,4 +49,8 @@ def soft_targets(teacher_logits: Tensor, labels: Tensor, threshold: float) -> Te
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of softmax(logits) with target probabilities, both [B, K]."""
-    return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(_compute(logits), targets)
+
+
+def _compute(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype))

@@ -45,6 +45,23 @@ PAPER: dict[str, Any] = {
     "lambda_u": 0.8,
     "temperature": 20.0,
     "detach_min": False,
+    # What is not in the paper.
+    "weight_range": "minmax",
+    "act_range": "minmax",
+    "student_optimizer": "sgd",
+    "learn_steps": False,
+    "lr_steps": 1e-3,
+    "feature_weight": 0.0,
+    "lr_schedule": "step",
+    "lr_warmup_steps": 0,
+}
+#: Values by name that this file computes.
+CHOICES = {
+    "generator": ("label_embedding", "conditional_bn"),
+    "weight_range": ("minmax", "mse"),
+    "act_range": ("minmax", "mse"),
+    "student_optimizer": ("sgd", "adam"),
+    "lr_schedule": ("step", "cosine"),
 }
 #: Fields of a recipe without a part in a step's mathematics: here all of it is in float64.
 NO_PART = {"name", "source", "mean", "std", "precision", "by_weight_bits"}
@@ -53,6 +70,12 @@ RANGE_MOMENTUM = 0.9
 BATCH_NORM_MOMENTUM = 0.1
 BATCH_NORM_EPS = 1e-5
 ADAM_EPS = 1e-8
+STUDENT_BETAS = 0.9, 0.999
+#: Of a range: those of which the one of least squared error is taken.
+SHARES = [k / 50 for k in range(50, 9, -1)]
+#: Generated batches on which an activation's is found.
+RANGE_BATCHES = 8
+SMALLEST_STEP = 1e-8
 
 
 class Unknown(Exception):
@@ -73,30 +96,41 @@ def settled(recipe: Mapping[str, Any], weight_bits: int) -> dict[str, Any]:
             "each there, from its formula, and add it to PAPER with the value that leaves it out"
         )
     settings = {**PAPER, **{name: value for name, value in changes.items() if name in PAPER}}
-    if settings["generator"] not in GENERATOR_NORMS:
-        raise Unknown(f"the recipe's generator {settings['generator']!r} is not written in tests/oracle_step.py")
+    for name, known in CHOICES.items():
+        if settings[name] not in known:
+            raise Unknown(f"the recipe's {name} {settings[name]!r} is not written in tests/oracle_step.py")
     return settings
 
 
 class Phase(NamedTuple):
-    """What an epoch's steps do."""
+    """What a step does."""
 
     trains_student: bool
     moves_ranges: bool
     lr_generator: float
     lr_student: float
+    lr_steps: float
 
 
-def phase(settings: Mapping[str, Any], epoch: int) -> Phase:
+def phase(settings: Mapping[str, Any], step: int) -> Phase:
+    epoch, start = step // settings["steps_per_epoch"], settings["warmup_epochs"] * settings["steps_per_epoch"]
     decay = 1.0
-    for milestone in settings["lr_milestones"]:
-        if epoch >= milestone:
-            decay *= settings["lr_decay"]
+    if settings["lr_schedule"] == "step":
+        for milestone in settings["lr_milestones"]:
+            if epoch >= milestone:
+                decay *= settings["lr_decay"]
+    elif step >= start:
+        end = settings["epochs"] * settings["steps_per_epoch"]
+        decay = math.cos(math.pi / 2 * (step - start) / (end - start)) ** 2
+    rise = 1.0
+    if start <= step < start + settings["lr_warmup_steps"]:
+        rise = (step - start + 1) / (settings["lr_warmup_steps"] + 1)
     return Phase(
         epoch >= settings["warmup_epochs"],
         epoch < settings["calibration_epochs"],
         settings["lr_generator"] * decay,
-        settings["lr_student"] * decay,
+        settings["lr_student"] * decay * rise,
+        settings["lr_steps"] * decay * rise,
     )
 
 
@@ -115,15 +149,26 @@ class Edges:
             self.nearest, self.where = distance, where
 
 
+def float32_quantizer(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """scale and zero point over float32 ends, rounded to float32 after every operation; in float64."""
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    scale = (hi - lo) / (2**bits - 1)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale.double(), torch.round(-lo / scale).double()
+
+
 class Range:
     """An activation's range: an average of batches' ends, in which every batch weighs 0.9 of the next one.
 
-    The package documents that it keeps ranges in float32 whatever the network is in; so does this one.
+    The package documents that it keeps ranges and step sizes in float32 whatever the network is in; so does this one.
     """
 
     def __init__(self, bits: int) -> None:
         self.bits, self.batches = bits, 0
         self.lo = self.hi = torch.zeros(())
+        self.scale, self.zero_point = float32_quantizer(self.lo, self.hi, bits)
+        #: Of the range shrunk to each of SHARES, while that is asked.
+        self.errors: Tensor | None = None
 
     def move(self, x: Tensor) -> None:
         self.batches += 1
@@ -133,13 +178,53 @@ class Range:
             (past.double() * (1 - rate) + end * rate).float()
             for past, end in zip((self.lo, self.hi), ends, strict=True)
         )
+        self.scale, self.zero_point = float32_quantizer(self.lo, self.hi, self.bits)
 
-    def quantizer(self) -> tuple[Tensor, Tensor]:
-        """scale, rounded to float32 after every operation, and zero point."""
-        lo, hi = self.lo.clamp(max=0), self.hi.clamp(min=0)
-        scale = (hi - lo) / (2**self.bits - 1)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        return scale.double(), torch.round(-lo / scale).double()
+    def add_errors(self, x: Tensor) -> None:
+        quantizers = [float32_quantizer(self.lo * share, self.hi * share, self.bits) for share in SHARES]
+        found = [(oracle.quantize(x, *quantizer, self.bits) - x).square().sum() for quantizer in quantizers]
+        self.errors = torch.stack(found) + (0 if self.errors is None else self.errors)
+
+    def shrink(self, edges: Edges) -> None:
+        """To the share of least error over what :meth:`add_errors` saw."""
+        assert self.errors is not None
+        share = SHARES[int(least(self.errors[:, None], edges))]
+        self.lo, self.hi, self.errors = self.lo * share, self.hi * share, None
+        self.scale, self.zero_point = float32_quantizer(self.lo, self.hi, self.bits)
+
+
+def least(errors: Tensor, edges: Edges) -> Tensor:
+    """Position along dimension 0 of the least of each column, which the package looks for in float32."""
+    first, second = errors.sort(0).values[:2]
+    # Sums of squares in float32 are good for 1e-6, which is to count for as little as 1e-10 does elsewhere.
+    edges.add("share of least error", (second - first) / second * 1e-4)
+    return errors.argmin(0)
+
+
+def weight_quantizer(weight: Tensor, bits: int, method: str, edges: Edges) -> tuple[Tensor, Tensor]:
+    """scale and zero point of each channel, in float32: over min/max, or over the share of it of least error."""
+    rows = weight.detach().flatten(1)
+    if method == "minmax":
+        scale, zero_point = oracle.quantizer_range(rows.min(1).values, rows.max(1).values, bits)
+        return scale.float().double(), zero_point
+    rows = rows.float()
+    lo, hi = rows.min(1).values, rows.max(1).values
+    tried = [float32_quantizer(lo * share, hi * share, bits) for share in SHARES]
+    errors = [
+        (oracle.quantize(rows, scale[:, None], zero_point[:, None], bits) - rows).square().sum(1)
+        for scale, zero_point in tried
+    ]
+    best, channels = least(torch.stack(errors), edges), torch.arange(len(rows))
+    return torch.stack([t[0] for t in tried])[best, channels], torch.stack([t[1] for t in tried])[best, channels]
+
+
+def learned(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """LSQ (Esser et al., ICLR 2020): round's derivative is taken for 1, clamp's is its own; so is the scale's."""
+    steps = x / scale
+    whole = steps + (torch.round(steps) - steps).detach()
+    lower, upper = -zero_point, 2**bits - 1 - zero_point
+    whole = torch.where(torch.round(steps) < lower, lower, torch.where(torch.round(steps) > upper, upper, whole))
+    return whole * scale
 
 
 class Teacher:
@@ -148,6 +233,11 @@ class Teacher:
     def __init__(self, state: Mapping[str, Tensor], edges: Edges) -> None:
         self.state, self.edges = state, edges
         self.statistics_losses: list[Tensor] = []
+        self.features: list[Tensor] = []
+
+    def block_end(self, x: Tensor) -> Tensor:
+        self.features.append(x)
+        return x
 
     def weight(self, name: str) -> Tensor:
         return self.state[f"{name}.weight"]
@@ -178,33 +268,44 @@ class Teacher:
 
 
 class Student(Teacher):
-    """The same layers with rounded weights, and with activations rounded over ranges that move or stand still."""
+    """The same layers with rounded weights, and with activations rounded over ranges that move or stand still.
+
+    In `state`, a layer's weight may have a scale and a zero point of its own, and a range ("range 0", "range 1", ...) a
+    scale; where those require a gradient, they are learned.
+    """
 
     def __init__(self, state: Mapping[str, Tensor], edges: Edges, bits: int, ranges: list[Range], moving: bool) -> None:
         super().__init__(state, edges)
-        self.bits, self.ranges, self.moving = bits, iter(ranges), moving
+        self.bits, self.ranges, self.moving = bits, iter(enumerate(ranges)), moving
 
     def weight(self, name: str) -> Tensor:
-        weight = self.state[f"{name}.weight"]
-        rows = weight.detach().flatten(1)
-        lo, hi = rows.min(1).values, rows.max(1).values
-        scale, zero_point = oracle.quantizer_range(lo, hi, self.bits)
+        weight, scale = self.state[f"{name}.weight"], self.state.get(f"{name}.weight_scale")
+        if scale is not None:
+            zero_point = self.state[f"{name}.weight_zero_point"]
+        else:
+            rows = weight.detach().flatten(1)
+            lo, hi = rows.min(1).values, rows.max(1).values
+            scale, zero_point = oracle.quantizer_range(lo, hi, self.bits)
+            self.edges.add(f"zero point of {name}.weight", oracle.tie_distance(lo.clamp(max=0), scale))
         each = (-1,) + (1,) * (weight.dim() - 1)
-        self.edges.add(f"rounding of {name}.weight", oracle.tie_distance(weight.detach(), scale.reshape(each)))
-        self.edges.add(f"zero point of {name}.weight", oracle.tie_distance(lo.clamp(max=0), scale))
-        return oracle.straight_through(weight, scale.reshape(each), zero_point.reshape(each), self.bits)
+        return self.round(f"{name}.weight", weight, scale.reshape(each), zero_point.reshape(each), self.bits)
+
+    def round(self, what: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        self.edges.add(f"rounding of {what}", oracle.tie_distance(x.detach(), scale.detach()))
+        return (learned if scale.requires_grad else oracle.straight_through)(x, scale, zero_point, bits)
 
     def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
         pass  # only the teacher's statistics are matched
 
     def act(self, x: Tensor, kind: str) -> Tensor:
         x = super().act(x, kind)
-        range_ = next(self.ranges)
+        i, range_ = next(self.ranges)
         if self.moving:
             range_.move(x)
-        scale, zero_point = range_.quantizer()
-        self.edges.add(f"rounding after {kind}", oracle.tie_distance(x.detach(), scale))
-        return oracle.straight_through(x, scale, zero_point, range_.bits)
+        if range_.errors is not None:
+            range_.add_errors(x)
+        scale = self.state.get(f"range {i}.scale", range_.scale)
+        return self.round(f"range {i}", x, scale, range_.zero_point, range_.bits)
 
 
 #: logits = network(player, images)
@@ -215,7 +316,7 @@ def residual_net(net: Teacher, x: Tensor) -> Tensor:
     """A basic block between two convolutions, the last with a bias and stride 2."""
     x = net.act(net.batch_norm(net.conv(x, "conv1"), "bn1"), "relu")
     y = net.act(net.batch_norm(net.conv(x, "conv2"), "bn2"), "relu")
-    x = net.act(net.batch_norm(net.conv(y, "conv3"), "bn3") + x, "relu")
+    x = net.block_end(net.act(net.batch_norm(net.conv(y, "conv3"), "bn3") + x, "relu"))
     x = net.act(net.batch_norm(net.conv(x, "conv4", stride=2), "bn4"), "relu")
     return net.linear(x.flatten(1), "linear")
 
@@ -225,7 +326,7 @@ def bottleneck_net(net: Teacher, x: Tensor) -> Tensor:
     x = net.act(net.batch_norm(net.conv(x, "stem", stride=2), "bn1"), "relu6")
     y = net.act(net.batch_norm(net.conv(x, "expand"), "bn2"), "relu6")
     y = net.act(net.batch_norm(net.conv(y, "depthwise", groups=y.shape[1]), "bn3"), "relu6")
-    x = x + net.batch_norm(net.conv(y, "project"), "bn4")
+    x = x + net.block_end(net.batch_norm(net.conv(y, "project"), "bn4"))
     x = net.act(net.batch_norm(net.conv(x, "head"), "bn5"), "relu6")
     return net.linear(x.flatten(1), "linear")
 
@@ -242,7 +343,7 @@ def resnet20(net: Teacher, x: Tensor) -> Tensor:
                 small = x[:, :, ::2, ::2]
                 zeros = torch.zeros_like(small[:, : small.shape[1] // 2])
                 x = torch.cat([zeros, small, zeros], 1)
-            x = net.act(y + x, "relu")
+            x = net.block_end(net.act(y + x, "relu"))
     return net.linear(x.mean((2, 3)), "linear")
 
 
@@ -303,10 +404,10 @@ def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Adam:
-    """Kingma and Ba 2015, algorithm 1."""
+    """Kingma and Ba 2015, algorithm 1; weights decay beside it (Loshchilov and Hutter 2019, algorithm 2)."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], betas: tuple[float, float]) -> None:
-        self.betas, self.steps = betas, 0
+    def __init__(self, parameters: Mapping[str, Tensor], betas: tuple[float, float], weight_decay: float = 0.0) -> None:
+        self.betas, self.weight_decay, self.steps = betas, weight_decay, 0
         self.first, self.second = _zeros(parameters), _zeros(parameters)
 
     def step(self, parameters: dict[str, Tensor], gradients: Mapping[str, Tensor], lr: float) -> None:
@@ -317,7 +418,8 @@ class Adam:
             self.second[name] = b2 * self.second[name] + (1 - b2) * g * g
             m = self.first[name] / (1 - b1**self.steps)
             v = self.second[name] / (1 - b2**self.steps)
-            parameters[name] = parameters[name] - lr * m / (torch.sqrt(v) + ADAM_EPS)
+            decayed = parameters[name] * (1 - lr * self.weight_decay)
+            parameters[name] = decayed - lr * m / (torch.sqrt(v) + ADAM_EPS)
 
 
 class SGD:
@@ -349,7 +451,7 @@ class Step(NamedTuple):
     generator: dict[str, Tensor]
     """Parameters and running statistics."""
     student: dict[str, Tensor]
-    """Parameters and running statistics."""
+    """Parameters, running statistics and weights' own steps; a learned scale of a range is "range 0.scale" etc."""
     ranges: list[tuple[Tensor, Tensor, int, Tensor, Tensor]]
     """Of every activation in the order of the forward: (lo, hi, batches seen, scale, zero point)."""
     edges: Edges
@@ -385,12 +487,61 @@ class OracleTraining:
         self.ranges = [Range(act_bits) for _ in range(activations)]
         betas = settings["adam_betas"]
         self.adam = Adam(_parameters(self.generator), (betas[0], betas[1]))
-        self.sgd = SGD(_parameters(self.student), settings["momentum"], settings["nesterov"], settings["weight_decay"])
+        trained, decay = _parameters(self.student), settings["weight_decay"]
+        self.optimizer: Adam | SGD
+        if settings["student_optimizer"] == "adam":
+            self.optimizer = Adam(trained, STUDENT_BETAS, decay)
+        else:
+            self.optimizer = SGD(trained, settings["momentum"], settings["nesterov"], decay)
+        #: Of the learned step sizes, from when there are any.
+        self.adam_steps: Adam | None = None
+        self.steps = 0
 
-    def step(self, epoch: int, noise: Tensor, labels: Tensor) -> Step:
-        settings, now, edges = self.settings, phase(self.settings, epoch), Edges()
+    def looks(self) -> int:
+        """How many generated batches the next step is preceded by, to be looked at alone."""
+        settings = self.settings
+        epoch = max(settings["warmup_epochs"], settings["calibration_epochs"])
+        if self.steps != epoch * settings["steps_per_epoch"]:
+            return 0
+        fixed = settings["learn_steps"] or settings["weight_range"] != "minmax"
+        return RANGE_BATCHES * (settings["act_range"] != "minmax") + fixed
+
+    def begin_student(self, batches: list[tuple[Tensor, Tensor]], edges: Edges) -> None:
+        """The student's training starts and its ranges stand still: set what keeps a step of its own."""
+        settings, images = self.settings, []
+        with torch.no_grad():
+            for noise, labels in batches:
+                made, statistics = generate(settings["generator"], self.generator, noise.double(), labels, edges)
+                self.generator.update(statistics)
+                images.append(made)
+            if settings["act_range"] == "mse":
+                for range_ in self.ranges:
+                    range_.errors = torch.zeros(len(SHARES), dtype=torch.float64)
+                for shown in images[:RANGE_BATCHES]:
+                    self.network(Student(self.student, edges, self.bits, self.ranges, False), shown)
+                for range_ in self.ranges:
+                    range_.shrink(edges)
+        if settings["learn_steps"] or settings["weight_range"] == "mse":
+            for key, value in list(self.student.items()):
+                if key.endswith(".weight") and value.dim() > 1:
+                    scale, zero_point = weight_quantizer(value, self.bits, settings["weight_range"], edges)
+                    self.student.update({f"{key}_scale": scale, f"{key}_zero_point": zero_point})
+        if settings["learn_steps"]:
+            self.student.update({f"range {i}.scale": range_.scale for i, range_ in enumerate(self.ranges)})
+            self.adam_steps = Adam(_step_sizes(self.student), STUDENT_BETAS)
+
+    def step(self, noise: Tensor, labels: Tensor, looked_at: list[tuple[Tensor, Tensor]]) -> Step:
+        """One step on this noise and these labels; `looked_at` are the batches of :meth:`looks` before it."""
+        settings, now, edges = self.settings, phase(self.settings, self.steps), Edges()
+        assert len(looked_at) == self.looks()
+        if looked_at:
+            self.begin_student(looked_at, edges)
+        self.steps += 1
         generator = {k: v.requires_grad_() for k, v in _parameters(self.generator).items()}
         student = {k: v.requires_grad_() for k, v in _parameters(self.student).items()}
+        if self.adam_steps is not None:
+            step_sizes = {k: v.clone().requires_grad_() for k, v in _step_sizes(self.student).items()}
+            student.update(step_sizes)
 
         images, statistics = generate(
             settings["generator"], {**self.generator, **generator}, noise.double(), labels, edges
@@ -415,7 +566,13 @@ class OracleTraining:
             edges.add(f"H' at {name}", h_prime - settings[name])
         statistics_loss = sum(watching.statistics_losses) / len(watching.statistics_losses)
         loss_generator = total + settings["gamma"] * statistics_loss
-        loss_student = oracle.student_loss(t.detach(), q, settings["temperature"])
+        loss_logits = oracle.student_loss(t.detach(), q, settings["temperature"])
+        errors = [
+            (theirs.detach() - ours).square().sum() / theirs.detach().square().sum()
+            for theirs, ours in zip(watching.features, quantised.features, strict=True)
+        ]
+        loss_features = settings["feature_weight"] * sum(errors) / len(errors)
+        loss_student = loss_logits + loss_features
 
         gradients, student_gradients = {}, {}
         places = {"images": images, "teacher_logits": t, "student_logits": q}
@@ -429,7 +586,13 @@ class OracleTraining:
 
         with torch.no_grad():
             self.adam.step(self.generator, generator_gradients, now.lr_generator)
-            self.sgd.step(self.student, student_gradients, now.lr_student)
+            of_steps = {k: g for k, g in student_gradients.items() if k.endswith("scale")}
+            of_weights = {k: g for k, g in student_gradients.items() if k not in of_steps}
+            if now.trains_student:
+                self.optimizer.step(self.student, of_weights, now.lr_student)
+            if self.adam_steps is not None:
+                self.adam_steps.step(self.student, of_steps, now.lr_steps)
+                self.student.update({k: self.student[k].clamp(min=SMALLEST_STEP) for k in of_steps})
             self.generator.update(statistics)
         values = {
             "images": images,
@@ -441,6 +604,8 @@ class OracleTraining:
             "loss_ds": disagreement,
             "loss_as": agreement,
             "loss_bns": statistics_loss,
+            "loss_logits": loss_logits,
+            "loss_features": loss_features,
             "loss_student": loss_student,
         }
         return Step(
@@ -451,12 +616,20 @@ class OracleTraining:
             student_gradients,
             dict(self.generator),
             dict(self.student),
-            [(r.lo, r.hi, r.batches, *r.quantizer()) for r in self.ranges],
+            [(r.lo, r.hi, r.batches, r.scale, r.zero_point) for r in self.ranges],
             edges,
         )
 
+    def adopt_step_sizes(self, step_sizes: Mapping[str, Tensor]) -> None:
+        """Go on from the other side's learned step sizes: of its float32, the next step's every digit depends."""
+        self.student.update({name: value.double() for name, value in step_sizes.items()})
+
+
+def _step_sizes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key.endswith("scale")}
+
 
 def _parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what trains: all but the running statistics."""
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    return {key: value.detach().clone() for key, value in state.items() if not key.endswith(statistics)}
+    """Copies of what trains: all but the running statistics and what belongs to quantisers."""
+    others = ("running_mean", "running_var", "num_batches_tracked", "scale", "zero_point")
+    return {key: value.detach().clone() for key, value in state.items() if not key.endswith(others)}

@@ -41,6 +41,8 @@ GRADIENT_FLOOR = 1e-12
 #: Of weights after a step. Adam, dividing by sqrt(v) + 1e-8, makes those errors larger again: in the generator up to
 #: 6e-10 is seen. SGD moves the student's by sums alone: 3e-14.
 ADAM_TOLERANCE, SGD_TOLERANCE = 1e-8, 1e-11
+#: Of step sizes that are learned, and of their gradients: the package keeps them in float32.
+FLOAT32_TOLERANCE = 1e-6
 #: Rounding errors reach 1e-12 of a step or of an activation; nearer than this, two right computations may differ.
 NEAREST_EDGE = 1e-10
 
@@ -118,14 +120,23 @@ def _teacher(network: str, channels: int, classes: int) -> nn.Module:
     return net.eval()
 
 
+def _oracles_name(model: nn.Module, name: str) -> str:
+    """What the oracle calls a parameter: a range by its place."""
+    ranges = [f"{act}.scale" for act in activations(model)]
+    return f"range {ranges.index(name)}.scale" if name in ranges else name
+
+
 def _network_state(model: nn.Module) -> dict[str, Tensor]:
-    """Its state_dict without activation ranges."""
-    return {key: value for key, value in model.state_dict().items() if not key.startswith("act_quant.")}
+    """Its parameters and statistics, and weights' own steps, by the oracle's names."""
+    acts = tuple(f"{act}." for act in activations(model))
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(acts)}
+    return {**state, **{_oracles_name(model, key): value.detach() for key, value in model.named_parameters()}}
 
 
 def _as_json(name: str) -> dict[str, Any]:
-    """A recipe as its file says it."""
-    return json.loads(resources.files("adadfq.recipes").joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    """A recipe as its file says it, and the one its file is based on."""
+    recipe = json.loads(resources.files("adadfq.recipes").joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    return {**(_as_json(recipe.pop("base")) if "base" in recipe else {}), **recipe}
 
 
 def _widths(name: str) -> list[int]:
@@ -145,7 +156,10 @@ def _condensed(name: str, weight_bits: int, **overrides: Any) -> tuple[dict[str,
     """
     settings = oracle_step.settled(_as_json(name), weight_bits)
     lengths = ["epochs", "warmup_epochs", "calibration_epochs"]
-    begins = sorted({0, *(settings[length] for length in lengths), *settings["lr_milestones"]})
+    begins = {0, *(settings[length] for length in lengths), *settings["lr_milestones"]}
+    if len([epoch for epoch in begins if settings["warmup_epochs"] <= epoch < settings["epochs"]]) == 1:
+        begins.add(settings["warmup_epochs"] + 1)  # of the student's training more than one epoch
+    begins = sorted(begins)
     changes = {
         **{length: begins.index(settings[length]) for length in lengths},
         "lr_milestones": [begins.index(milestone) for milestone in settings["lr_milestones"]],
@@ -164,7 +178,7 @@ class _Recorded:
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
-        self.noise = self.labels = torch.empty(0)
+        self.inputs: list[tuple[Tensor, Tensor]] = []
 
     def tap(self, x: Tensor, where: str) -> Tensor:
         """`x` under another name, whose gradient is kept."""
@@ -195,12 +209,13 @@ class _Watch:
         trainer.game.step = self._compared  # type: ignore[method-assign]
 
     def _inputs(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        self.seen.noise, self.seen.labels = args[0].double(), args[1].clone()
-        return self.seen.noise, self.seen.labels
+        self.seen.inputs.append((args[0].double(), args[1].clone()))
+        return self.seen.inputs[-1]
 
     def _losses(self, monkeypatch: pytest.MonkeyPatch, functional: Any) -> None:
         """Keep what the step's metrics round to float32."""
         margin_loss, entropy_distillation = functional.margin_loss, functional.entropy_distillation
+        feature_loss = adadfq.game.feature_loss
 
         def margin(t: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Any:
             seen = self.seen
@@ -218,11 +233,17 @@ class _Watch:
         def distillation(t: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             q = self.seen.tap(q, "loss_student at student_logits")
             loss = entropy_distillation(t, q, *args, **kwargs)
-            self.seen.values["loss_student"] = loss.detach()
+            self.seen.values["loss_logits"] = loss.detach()
+            return loss
+
+        def features(teacher: Any, student: Any) -> Tensor:
+            loss = feature_loss(teacher, student)
+            self.seen.values["loss_features"] = self.trainer.recipe.feature_weight * loss.detach()
             return loss
 
         monkeypatch.setattr(functional, "margin_loss", margin)
         monkeypatch.setattr(functional, "entropy_distillation", distillation)
+        monkeypatch.setattr(adadfq.game, "feature_loss", features)
         loss = self.trainer.game.bn_match.loss
 
         def statistics_loss() -> Tensor:
@@ -233,34 +254,40 @@ class _Watch:
         monkeypatch.setattr(self.trainer.game.bn_match, "loss", statistics_loss)
 
     def _compared(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.seen = _Recorded()
-        trainer = self.trainer
+        trainer, looked_at, self.seen = self.trainer, self.seen.inputs, _Recorded()
         images: list[Tensor] = []
         handle = trainer.generator.register_forward_hook(lambda module, inputs, output: images.append(output.detach()))
         metrics = self._step(*args, **kwargs)
         handle.remove()
         self.seen.values["images"] = images[0]
+        self.seen.values.setdefault("loss_features", torch.zeros((), dtype=torch.float64))
 
-        want = self.training.step(trainer.epoch, self.seen.noise, self.seen.labels)
+        (inputs,) = self.seen.inputs
+        self.seen.inputs = []
+        want = self.training.step(*inputs, looked_at)
         self.steps.append(want)
         step = f"step {len(self.steps) - 1}"
         assert want.edges.nearest > NEAREST_EDGE, (
             f"{step}: {want.edges.where} comes within {want.edges.nearest:.1e} of its edge, where both answers are "
             "right; take another seed"
         )
-        values = {key: value for key, value in want.values.items() if key != "loss_generator"}
+        sums = ("loss_generator", "loss_student")  # in the metrics
+        values = {key: value for key, value in want.values.items() if key not in sums}
         _compare_all(step, self.seen.values, values)
         _compare_all(f"{step}, gradient of", self.seen.gradients, want.gradients)
+        of_student = SGD_TOLERANCE if trainer.recipe.student_optimizer == "sgd" else ADAM_TOLERANCE
         for name, model, gradients, state, tolerance in (
             ("generator", trainer.generator, want.generator_gradients, want.generator, ADAM_TOLERANCE),
-            ("student", trainer.student, want.student_gradients, want.student, SGD_TOLERANCE),
+            ("student", trainer.student, want.student_gradients, want.student, of_student),
         ):
-            got = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+            got = {_oracles_name(model, k): p.grad for k, p in model.named_parameters() if p.grad is not None}
             floor = GRADIENT_FLOOR * max([g.abs().max().item() for g in gradients.values()], default=0.0)
             _compare_all(f"{step}, {name}'s gradient of", got, gradients, floor=floor)
             _compare_all(f"{step}, {name}'s new", _network_state(model), state, tolerance)
         self._compare_ranges(step, want)
-        self._compare_metrics(step, metrics, want)
+        self._compare_metrics(step, metrics, inputs[1], want)
+        sizes = {name: value for name, value in _network_state(trainer.student).items() if name.endswith("scale")}
+        self.training.adopt_step_sizes(sizes)
         return metrics
 
     def _compare_ranges(self, step: str, want: Step) -> None:
@@ -269,19 +296,21 @@ class _Watch:
         for i, (act, (lo, hi, batches, scale, zero_point)) in enumerate(zip(acts, want.ranges, strict=True)):
             assert act._calibrating == bool(act.calibrating) == want.phase.moves_ranges, f"{step}, range {i}"
             assert int(act.num_batches) == batches, f"{step}, range {i}"
-            for got, expected in ((act.running_min, lo), (act.running_max, hi), (act.scale, scale)):
+            pairs = [(act.running_min, lo), (act.running_max, hi)]
+            if f"range {i}.scale" not in want.student:  # else it is learned, and compared with the weights
+                pairs.append((act.scale, scale))
+            for got, expected in pairs:
                 # Float32 on both sides, of one number but for its float64 rounding: the same float32.
                 assert got.item() == expected.item(), f"{step}, range {i}"
             assert int(act.zero_point) == int(zero_point), f"{step}, range {i}"
 
-    def _compare_metrics(self, step: str, metrics: Tensor, want: Step) -> None:
+    def _compare_metrics(self, step: str, metrics: Tensor, labels: Tensor, want: Step) -> None:
         """The row of float32 that users see."""
         teacher, student = want.values["teacher_logits"].argmax(1), want.values["student_logits"].argmax(1)
         expected = {
-            **{key: value.item() for key, value in want.values.items() if key.startswith("loss_")},
-            "h_prime": want.values["h_prime"].mean().item(),
+            **{key: value.mean().item() for key, value in want.values.items() if key in METRICS},
             "agreement": (teacher == student).double().mean().item(),
-            "teacher_accuracy": (teacher == self.seen.labels).double().mean().item(),
+            "teacher_accuracy": (teacher == labels).double().mean().item(),
         }
         got = dict(zip(METRICS, metrics.tolist(), strict=True))
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-6), step
@@ -293,12 +322,15 @@ def _compare_all(
     assert set(got) == set(want), what
     for name, expected in want.items():
         found = got[name]
-        assert found.dtype == expected.dtype and found.shape == expected.shape, f"{what} {name}"
-        if not expected.is_floating_point():
-            assert torch.equal(found, expected), f"{what} {name}"
+        of_quantizer = name.endswith(("scale", "zero_point"))
+        dtype = (torch.float32 if name.endswith("scale") else torch.int32) if of_quantizer else expected.dtype
+        assert found.dtype == dtype and found.shape == expected.shape, f"{what} {name}"
+        if not dtype.is_floating_point:
+            assert torch.equal(found, expected.to(dtype)), f"{what} {name}"
             continue
         error, size = (found - expected).abs().max().item(), expected.abs().max().item()
-        assert error <= tolerance * size + floor, f"{what} {name}: {error:.2e} off, largest element {size:.2e}"
+        allowed = max(tolerance, FLOAT32_TOLERANCE if of_quantizer else 0) * size + floor
+        assert error <= allowed, f"{what} {name}: {error:.2e} off, largest element {size:.2e}"
 
 
 def _players(
@@ -354,8 +386,9 @@ def test_fields_without_an_oracle_are_named() -> None:
         with pytest.raises(oracle_step.Unknown, match="the recipe sets lookahead, which tests/oracle_step.py does not"):
             oracle_step.settled(recipe, 3)
         assert oracle_step.settled({"by_weight_bits": {"3": {"lookahead": 3}}}, 4) == oracle_step.PAPER
-    with pytest.raises(oracle_step.Unknown, match="generator 'diffusion' is not written"):
-        oracle_step.settled({"generator": "diffusion"}, 3)
+    for name in oracle_step.CHOICES:
+        with pytest.raises(oracle_step.Unknown, match=f"the recipe's {name} 'new' is not written"):
+            oracle_step.settled({name: "new"}, 3)
 
 
 def _assert_both_bounds_are_felt(steps: list[Step], settings: dict[str, Any]) -> None:
@@ -429,6 +462,34 @@ def test_every_step_of_other_settings_equals_the_oracle(
     _assert_both_bounds_are_felt(steps, changes)
 
 
+#: Each option that is not the paper's without those that shipped recipes have it with.
+BEYOND = {
+    "kept ranges": (
+        "bottleneck",
+        {"generator": "conditional_bn", "weight_range": "mse", "feature_weight": 5.0, "lr_warmup_steps": 3},
+    ),
+    "learned steps": (
+        "residual",
+        {
+            "act_range": "mse",
+            "learn_steps": True,
+            "lr_steps": 3e-3,
+            "student_optimizer": "adam",
+            "lr_schedule": "cosine",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("which", BEYOND)
+def test_every_step_beyond_the_paper_equals_the_oracle(play: Callable[..., list[Step]], which: str, fuse: bool) -> None:
+    network, options = BEYOND[which]
+    changes = {**OTHER, **options}
+    steps = play(network, Recipe(**changes), {**oracle_step.PAPER, **changes}, 4, fuse=fuse)
+    assert len(steps) == OTHER["epochs"] * STEPS_PER_EPOCH
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_float32_trainer_follows_the_oracle(backend: str, fuse: bool) -> None:
     """As users run it, nothing cast or replaced, over a whole schedule: learning rates, updates, ranges and losses."""
@@ -437,7 +498,7 @@ def test_a_float32_trainer_follows_the_oracle(backend: str, fuse: bool) -> None:
     steps: list[Step] = []
 
     def compare(epoch: int, trainer: Trainer) -> None:
-        steps.extend(training.step(epoch, *inputs.pop(0)) for _ in range(STEPS_PER_EPOCH))
+        steps.extend(training.step(*inputs.pop(0), []) for _ in range(STEPS_PER_EPOCH))
         last = steps[-1]
         for model, optimizer, lr, start, end in (
             (trainer.generator, trainer.optimizer_generator, last.phase.lr_generator, generator, last.generator),
