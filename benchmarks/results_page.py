@@ -180,7 +180,7 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
     """Tables of the file's variants, a network each."""
     if not (varied := _varied(held)):
         return []
-    everything = summarize(rows)
+    everything = [*summarize(held["rows"]), *summarize(rows)]
     parts = [f"## {path.stem.removeprefix('accuracy-').replace('-', ' ').capitalize()}"]
     header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "mean H'", "steps"]
     for name, found in statistics.grouped(varied, lambda row: f"{row['player']}, {statistics.network(row)}").items():

@@ -49,7 +49,7 @@ def plots(files: dict[Path, dict[str, Any]]) -> dict[str, Callable[[Path], Path]
     add("h-prime", _h_prime, seen, "H' of the samples of each epoch: median, 25 to 75 %, 5 to 95 %; dashed: bounds")
     signals = [(signal, rows) for signal in statistics.SIGNALS if statistics.signal_pairs(rows, signal)]
     add("signals", _signal, signals, "a run's last epoch: accuracy against what is measured without data")
-    maps = [panel for path in sorted(files) for panel in _bounds(files[path]["rows"])]
+    maps = [panel for path in sorted(files) for panel in _bounds(path, files[path]["rows"])]
     add("bounds", _map, maps, "mean accuracy by the bounds of H'; white: not run")
     add("adaptability", _adaptability, maps, "a run's accuracy against mean H' of its last epoch (low: adaptable)")
     return found
@@ -108,13 +108,13 @@ def _signal(panel: tuple[str, Sequence[Row]], axis: Any) -> None:
     axis.legend(fontsize=6)
 
 
-def _bounds(rows: Sequence[Row]) -> list[tuple[str, list[Summary]]]:
-    """(title, groups) of each network for which these rows vary both bounds, and nothing else."""
+def _bounds(path: Path, rows: Sequence[Row]) -> list[tuple[str, list[Summary]]]:
+    """(title, groups) of each network for which a file's rows vary both bounds, and nothing else."""
     panels = []
     for name, found in statistics.grouped(rows, lambda row: f"{row['player']}, {statistics.network(row)}").items():
         groups = [group for group in summarize(found) if set(group.rows[0]["variant"]) == set(BOUNDS)]
-        if len(groups) > 3:
-            panels.append((name, groups))
+        if len(groups) > 3 and any(group.accuracies for group in groups):
+            panels.append((f"{path.stem.removeprefix('accuracy-')}: {name}", groups))
     return panels
 
 
@@ -139,7 +139,12 @@ def _map(panel: tuple[str, list[Summary]], axis: Any) -> None:
 
 def _adaptability(panel: tuple[str, list[Summary]], axis: Any) -> None:
     title, groups = panel
-    found = [(row["h_prime"], row["accuracy"]) for group in groups for row in group.rows if row["h_prime"] is not None]
-    if found:
-        axis.plot(*zip(*found, strict=True), "o", alpha=0.6, markersize=4)
+    for i, group in enumerate(groups):
+        found = [(row["h_prime"], row["accuracy"]) for row in group.rows if row["status"] == "ok"]
+        if found := [pair for pair in found if None not in pair]:
+            variant = group.rows[0]["variant"]
+            label = f"{variant['lambda_l']:g} to {variant['lambda_u']:g}"
+            axis.plot(*zip(*found, strict=True), "os^v"[i // 10 % 4], alpha=0.6, markersize=4, label=label)
+    if axis.has_data():
+        axis.legend(fontsize=6, title="bounds", title_fontsize=6)
     axis.set(title=title, xlabel="mean H' of the last epoch", ylabel="top-1 %")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import AUTHORS, Row, Summary, key, summarize
+from benchmarks.accuracy import AUTHORS, IDENTITY, Row, Summary, key, summarize
 
 #: Signal of :class:`adadfq.HeldOut` -> sign that makes larger better.
 SIGNALS = {"held_out_agreement": 1, "held_out_loss": -1, "held_out_kl": -1}
@@ -72,11 +72,18 @@ def gap(group: Summary) -> float | None:
 
 
 def base(group: Summary, groups: Sequence[Summary]) -> Summary | None:
-    """The group that differs from this one in nothing but what its variant sets; itself, where that is nothing."""
+    """The first group that differs from this one in nothing but what its variant sets; itself, where that is nothing.
+
+    Recipes are compared by name: those of `groups` that come first should be as old as the group.
+    """
     first = group.rows[0]
     settings = {name: value for name, value in first["settings"].items() if name not in first["variant"]}
-    wanted = key({**first, "settings": settings, "seed": None})
-    return next((other for other in groups if key({**other.rows[0], "seed": None}) == wanted), None)
+    names = [name for name in IDENTITY if name not in ("settings", "seed", "recipe_digest")]
+    for other in groups:
+        row = other.rows[0]
+        if row["settings"] == settings and all(row[name] == first[name] for name in names):
+            return other
+    return None
 
 
 def same(group: Summary, other: Summary) -> bool:
