@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from adadfq.errors import InvalidInputError
+from adadfq.ops.schema import OPERATORS as SCHEMA
 from benchmarks.networks import NETWORKS, Layer, convolutions, layers
 
 BATCHES = (16, 128)
@@ -55,6 +56,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fake_quantize_": ("forward",),
     "dynamic_fake_quantize": ("forward", "both"),
     "foreach_dynamic_fake_quantize": ("forward", "both"),
+    "foreach_fake_quantize": PASSES,
     "observe_fake_quantize": ("forward", "both"),
     "affine_act_fake_quantize": PASSES,
     "affine_act_quantize": ("forward",),
@@ -66,6 +68,24 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "margin_loss": PASSES,
     "entropy_distillation": PASSES,
 }
+
+
+#: Operator -> that of its backward where the step size is learned: in variants that end in "_learned".
+LEARNED = {
+    "fake_quantize": "learned_fake_quantize_backward",
+    "foreach_fake_quantize": "foreach_learned_fake_quantize_backward",
+    "affine_act_fake_quantize": "affine_act_learned_fake_quantize_backward",
+}
+
+
+def backward_of(op: str, variant: str) -> str | None:
+    """The operator of the backward of a case of `op`; None where it hands on, or scales, what the forward has found."""
+    if variant.endswith("_learned"):
+        return LEARNED[op]
+    backward = f"{op}_backward"
+    if backward not in SCHEMA or (op == "fake_quantize" and not variant.endswith("_clip")):
+        return None
+    return backward
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ class Case:
         residual = "residual" in self.variant
         # Where no activation can be flat, x serves the parameters only and the residual's gradient is the gradient.
         affine_backward = 3 + 2 * residual
-        if self.variant.startswith("none"):
+        if self.variant.startswith("none") and not self.variant.endswith("_learned"):
             affine_backward = 3 if self.variant.endswith("trained") else 2
         if self.op == "affine_act_quantize":  # codes of one byte
             return size * (1 + residual) + self.numel
@@ -134,11 +154,12 @@ class Case:
             return size + -(-self.numel * BITS // 8)
         forward, backward, *both = {
             # x -> x_hat; grad, x -> dx, or nothing
-            "fake_quantize": (2, 3 if self.variant.endswith("clip") else 0),
+            "fake_quantize": (2, 3 if self.variant.endswith(("clip", "learned")) else 0),
             "fake_quantize_": (2, 0),
             # a channel is in the cache when it is read for the second time
             "dynamic_fake_quantize": (2, 0),
             "foreach_dynamic_fake_quantize": (2, 0),
+            "foreach_fake_quantize": (2, 3 if self.variant.endswith("learned") else 0),
             # the range of the whole tensor, then the tensor again
             "observe_fake_quantize": (3, 0),
             # x, residual -> y; grad, x, residual -> dx, dresidual
@@ -182,7 +203,8 @@ def _activation_cases(network: str) -> Iterator[Case]:
     for layer, names in _by_shape(network, (layer for layer in found if layer.act != "none"), lambda la: la.output):
         scopes = ("per_tensor", "per_channel")
         yield from cases(layer, names, "fake_quantize", scopes, ("forward", "both"))
-        yield from cases(layer, names, "fake_quantize", [f"{scope}_clip" for scope in scopes], ("backward", "both"))
+        parts = [f"{scope}_clip" for scope in scopes] + ["per_tensor_learned"]
+        yield from cases(layer, names, "fake_quantize", parts, ("backward", "both"))
         yield from cases(layer, names, "fake_quantize_", scopes, ("forward",))
         yield from cases(layer, names, "observe_fake_quantize", ("per_tensor",), ("forward", "both"))
     for layer, names in _by_shape(network, found, lambda la: la.output):
@@ -194,7 +216,9 @@ def _activation_cases(network: str) -> Iterator[Case]:
         if layer.act != "none":  # linear bottlenecks are not quantised
             yield from cases(layer, names, "affine_act_quantize", (variant,), ("forward",))
         # "frozen": only x and the residual get a gradient; "trained": scale and shift too.
-        parts = (f"{variant}_frozen", f"{variant}_trained")
+        parts = [f"{variant}_frozen", f"{variant}_trained"]
+        if layer.act != "none":  # and the step of the quantiser
+            parts.append(f"{variant}_learned")
         yield from cases(layer, names, "affine_act_fake_quantize", parts, ("backward", "both"))
 
 
@@ -228,6 +252,9 @@ def _weight_cases(network: str) -> Iterator[Case]:
         for pass_ in OPERATORS["foreach_dynamic_fake_quantize"]:
             op = "foreach_dynamic_fake_quantize"
             yield Case(op, "axis0", f"{network}.weights", shapes, dtype, "contiguous", pass_)
+        for pass_ in OPERATORS["foreach_fake_quantize"]:
+            variant = "axis0" if pass_ == "forward" else "axis0_learned"
+            yield Case("foreach_fake_quantize", variant, f"{network}.weights", shapes, dtype, "contiguous", pass_)
 
 
 def _logit_cases() -> Iterator[Case]:
@@ -272,6 +299,7 @@ def _tiny_cases() -> Iterator[Case]:
         "fake_quantize_": "per_tensor",
         "dynamic_fake_quantize": "axis0",
         "foreach_dynamic_fake_quantize": "axis0",
+        "foreach_fake_quantize": "axis0_learned",
         "observe_fake_quantize": "per_tensor",
         "affine_act_fake_quantize": "relu_residual_frozen",
         "affine_act_quantize": "relu_residual",

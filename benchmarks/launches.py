@@ -34,17 +34,21 @@ class Own(NamedTuple):
     passes: int = 1
 
 
-#: Of the CUDA backend, on weights for dynamic_fake_quantize; of Triton's for batch_norm_act, which it alone has.
+#: Of the CUDA backend, on weights for dynamic_fake_quantize and lists; of Triton's for batch_norm_act, only there.
 OWN = {
     "fake_quantize": Own(1),
     "fake_quantize_": Own(1),
     "fake_quantize_backward": Own(1),
     "dynamic_fake_quantize": Own(1),
     "foreach_dynamic_fake_quantize": Own(1),
+    "learned_fake_quantize_backward": Own(1),
+    "foreach_fake_quantize": Own(1),
+    "foreach_learned_fake_quantize_backward": Own(1),
     "observe_fake_quantize": Own(2, 2),
     "affine_act_fake_quantize": Own(1),
     "affine_act_quantize": Own(1),
     "affine_act_fake_quantize_backward": Own(1),
+    "affine_act_learned_fake_quantize_backward": Own(1),
     "bn_match": Own(1),
     "bn_match_backward": Own(1),
     "bn_match_forward": Own(1),

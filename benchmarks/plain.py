@@ -48,6 +48,20 @@ def fake_quantize(
     return _quantized(value, scale, zero_point, bits, _temporary(value, x)).to(x.dtype)
 
 
+def _learned(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The quantised value of `x` with LSQ's gradients, for `x` and `scale`."""
+    lo, hi = -zero_point, 2**bits - 1 - zero_point
+    steps = x / scale
+    clipped = steps.clamp(lo - 0.5, hi + 0.5)
+    code = steps.detach().round().clamp_(lo, hi)
+    return (clipped + (code - clipped.detach())) * scale
+
+
+def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
+    """Fake quantisation with a learned step size."""
+    return _learned(_compute(x), _view(scale, x.dim(), axis), _view(zero_point, x.dim(), axis), bits).to(x.dtype)
+
+
 def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None) -> Tensor:
     """Fake quantisation over its input."""
     scale, zero_point = _view(scale, x.dim(), axis), _view(zero_point, x.dim(), axis)
@@ -145,7 +159,9 @@ def affine_act_fake_quantize(
 ) -> Tensor:
     """BatchNorm in inference (the fused operator, fastest of PyTorch's ways), residual, activation, quantiser."""
     u = _affine_act(x, scale, shift, residual, act, mean, var)
-    if act_scale is not None and act_zero_point is not None:
+    if act_scale is not None and act_zero_point is not None and act_scale.requires_grad:
+        u = _learned(u, act_scale.reshape(()), act_zero_point.reshape(()), bits)
+    elif act_scale is not None and act_zero_point is not None:
         u = _quantized(u, act_scale.reshape(()), act_zero_point.reshape(()), bits, None if u.requires_grad else u)
     return u.to(x.dtype)
 

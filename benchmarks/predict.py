@@ -26,7 +26,7 @@ from torch import Tensor
 
 from adadfq.errors import InvalidInputError
 from benchmarks import predict_cuda, sass
-from benchmarks.cases import BITS, HUGE, HUGE_ACT, LAYOUTS, LOGIT_LOSSES, PACKING, Case, registry
+from benchmarks.cases import BITS, HUGE, HUGE_ACT, LAYOUTS, LOGIT_LOSSES, PACKING, Case, backward_of, registry
 
 
 class Gpu(NamedTuple):
@@ -64,12 +64,14 @@ def chosen() -> list[Case]:
         ("fake_quantize", "per_tensor", "forward"),
         ("fake_quantize", "per_channel", "forward"),
         ("fake_quantize", "per_channel_clip", "backward"),
+        ("fake_quantize", "per_tensor_learned", "backward"),
         ("fake_quantize_", "per_channel", "forward"),
         ("observe_fake_quantize", "per_tensor", "forward"),
         ("affine_act_fake_quantize", "{act}", "forward"),
         ("affine_act_quantize", "{act}", "forward"),
         ("affine_act_fake_quantize", "{act}_frozen", "backward"),
         ("affine_act_fake_quantize", "{act}_trained", "backward"),
+        ("affine_act_fake_quantize", "{act}_learned", "backward"),
         *((op, "-", pass_) for op in ("bn_match", "bn_match_forward") for pass_ in ("forward", "backward")),
     ]
     names = [
@@ -89,6 +91,8 @@ def chosen() -> list[Case]:
         names.append(f"dynamic_fake_quantize/{weights}.layer4.0.conv2.weight/{dtype}/contiguous/forward")
         names.append(f"foreach_dynamic_fake_quantize/{weights}.weights/{dtype}/contiguous/forward")
         names.append(f"foreach_dynamic_fake_quantize/axis0/resnet50@224.weights/{dtype}/contiguous/forward")
+        names.append(f"foreach_fake_quantize/{weights}.weights/{dtype}/contiguous/forward")
+        names.append(f"foreach_fake_quantize/axis0_learned/resnet18@224.weights/{dtype}/contiguous/backward")
         for op in PACKING:
             names.append(f"{op}/per_tensor/{HUGE[dtype]}/{dtype}/contiguous/forward")
             names.append(f"{op}/{weights}.layer4.0.conv2.weight/{dtype}/contiguous/forward")
@@ -120,10 +124,11 @@ def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
     x, channels = tensor(), case.shapes[0][1]
     int32, float64 = torch.int32, torch.float64
     if case.op in ("fake_quantize", "fake_quantize_"):
-        axis = {"per_tensor": None, "per_channel": 1, "axis0": 0}[case.variant.removesuffix("_clip")]
+        scope = case.variant.removesuffix("_clip").removesuffix("_learned")
+        axis = {"per_tensor": None, "per_channel": 1, "axis0": 0}[scope]
         size = 1 if axis is None else case.shapes[0][axis]
         args = (x, vector(size), vector(size, int32), bits, axis)
-        return (case.op, args) if forward else ("fake_quantize_backward", (tensor(), *args))
+        return (case.op, args) if forward else (str(backward_of(case.op, case.variant)), (tensor(), *args))
     if case.op in PACKING:
         axis = {"per_tensor": None, "axis0": 0}[case.variant]
         size = 1 if axis is None else case.shapes[0][axis]
@@ -136,6 +141,12 @@ def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
         return case.op, (x, bits, 0)
     if case.op == "foreach_dynamic_fake_quantize":
         return case.op, ([tensor(shape) for shape in case.shapes], [bits] * len(case.shapes), 0)
+    if case.op == "foreach_fake_quantize":
+        quantizers = [[vector(shape[0], dtype) for shape in case.shapes] for dtype in (torch.float32, int32)]
+        args = ([tensor(shape) for shape in case.shapes], *quantizers, [bits] * len(case.shapes), 0)
+        if forward:
+            return case.op, args
+        return str(backward_of(case.op, case.variant)), ([tensor(shape) for shape in case.shapes], *args)
     if case.op == "observe_fake_quantize":
         state = (scalar(), scalar(), scalar(torch.int64), scalar(), scalar(int32))
         return case.op, (x, *state, bits, 0.9)
@@ -145,7 +156,10 @@ def _call(case: Case) -> tuple[str, tuple[Any, ...]]:
         if forward:
             step = (None, None) if act == "none" else (vector(1), vector(1, int32))
             return case.op, (*args, *step, bits)
-        return f"{case.op}_backward", (tensor(), *args, has_residual, case.variant.endswith("trained"))
+        backward = str(backward_of(case.op, case.variant))
+        if case.variant.endswith("_learned"):
+            return backward, (tensor(), *args, vector(1), vector(1, int32), bits, has_residual, True)
+        return backward, (tensor(), *args, has_residual, case.variant.endswith("trained"))
     if case.op in ("bn_match", "bn_match_forward"):
         running, found = (vector(channels), vector(channels)), (vector(channels, float64), vector(channels, float64))
         if case.op == "bn_match":

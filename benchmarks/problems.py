@@ -90,7 +90,8 @@ class _Inputs:
 
 
 def _axis(case: Case) -> int | None:
-    return {"per_tensor": None, "per_channel": 1, "axis0": 0}[case.variant.removesuffix("_clip")]
+    scope = case.variant.removesuffix("_clip").removesuffix("_learned")
+    return {"per_tensor": None, "per_channel": 1, "axis0": 0}[scope]
 
 
 def _quantizer(case: Case, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +119,16 @@ def _fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     # Next to no data is within the range: the gradient of torch's operator, which is clipped, is then the same.
     x = inputs.normal(shape, 0.3 if case.where == TINY else 1.0)
     grad = inputs.normal(shape)
+    if case.variant.endswith("_learned"):
+        return Problem(
+            args=[x, scale, zero_point],
+            ours=lambda x, s, z: (functional.fake_quantize(x, s, z, BITS, axis),),
+            plain=lambda x, s, z: (plain.learned_fake_quantize(x, s, z, BITS, axis),),
+            wanted=[0, 1],
+            grads=[grad],
+            output_slack=lambda outputs: [_step_slack(x, step)],
+            gradient_slack=lambda: _learned_slack(x, step, grad, axis),
+        )
     return Problem(
         args=[x, scale, zero_point],
         ours=lambda x, s, z: (functional.fake_quantize(x, s, z, BITS, axis, clip),),
@@ -181,6 +192,13 @@ def _step_slack(x: Tensor, step: Tensor) -> Tensor:
     return near_tie(x.double() / step.double()) * step
 
 
+def _learned_slack(x: Tensor, step: Tensor, grad: Tensor, axis: int | None) -> list[Tensor | None]:
+    """Of the gradients of x and of its step: next to a tie x may be in the range or not, and have another code."""
+    jump = near_tie(x.double() / step.double()) * grad.double().abs()
+    others = [d for d in range(x.dim()) if d != axis]
+    return [jump, (jump * 2**BITS).sum(others).reshape(-1)]
+
+
 def _zero_point_slack(x: Tensor, scale: Tensor) -> Tensor:
     lo = x.double().flatten(1).amin(1).clamp(max=0)
     return near_tie(-lo / scale.double())
@@ -234,6 +252,39 @@ def _foreach_dynamic_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     )
 
 
+def _foreach_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
+    """Tensors, then their scales, then their zero points."""
+    n = len(case.shapes)
+    tensors = [inputs.normal(shape, 0.05) for shape in case.shapes]
+    scales = [inputs.uniform(shape[0], 0.012, 0.02) for shape in case.shapes]
+    zero_points = [inputs.integers(shape[0], 4, torch.int32) + 6 for shape in case.shapes]
+    grads = [inputs.normal(shape) for shape in case.shapes]
+    pairs = [(x, _rows(scale, tuple(x.shape))) for x, scale in zip(tensors, scales, strict=True)]
+
+    def ours(*args: Tensor) -> Outputs:
+        return tuple(functional.foreach_fake_quantize(args[:n], args[n : 2 * n], args[2 * n :], BITS, 0))
+
+    def plainly(*args: Tensor) -> Outputs:
+        each = zip(args[:n], args[n : 2 * n], args[2 * n :], strict=True)
+        if any(scale.requires_grad for scale in args[n : 2 * n]):
+            return tuple(plain.learned_fake_quantize(x, s, z, BITS, 0) for x, s, z in each)
+        return tuple(plain.fake_quantize(x, s, z, BITS, 0) for x, s, z in each)
+
+    def gradient_slack() -> list[Tensor | None]:
+        found = [_learned_slack(x, step, grad, 0) for (x, step), grad in zip(pairs, grads, strict=True)]
+        return [each[i] for i in range(2) for each in found]
+
+    return Problem(
+        args=[*tensors, *scales, *zero_points],
+        ours=ours,
+        plain=plainly,
+        wanted=list(range(2 * n)),
+        grads=grads,
+        output_slack=lambda outputs: [_step_slack(x, step) for x, step in pairs],
+        gradient_slack=gradient_slack,
+    )
+
+
 def _observe_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     (shape,), device = case.shapes, inputs.device
     state = [
@@ -268,6 +319,8 @@ def _observe_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
 def _affine_act_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
     (shape,) = case.shapes
     act, residual = case.variant.partition("_")[0], "residual" in case.variant
+    learned = case.variant.endswith("_learned")
+    trained = learned or case.variant.endswith("_trained")
     channels = shape[1]
     # Linear bottlenecks are not quantised.
     quantizer = [torch.tensor([0.3], device=inputs.device), torch.tensor([0], device=inputs.device, dtype=torch.int32)]
@@ -304,17 +357,22 @@ def _affine_act_fake_quantize(case: Case, inputs: _Inputs) -> Problem:
 
     def gradient_slack() -> list[Tensor | None]:
         jump = near_kink(before_act(), act) * grad.double().abs()
+        last = []
+        if learned:
+            u = before_act()
+            passed, step = _learned_slack(u.clamp(0, 6) if act == "relu6" else u.relu(), quantizer[0], grad, None)
+            jump, last = jump + passed, [step]
         found: list[Tensor | None] = [jump * args[1].view(per_channel).abs()]
-        if case.variant.endswith("trained"):
+        if trained:
             others = [d for d in range(len(shape)) if d != 1]
             found += [(jump * args[0].abs()).sum(others), jump.sum(others)]
-        return [*found, jump]
+        return [*found, *([jump] if residual else []), *last]
 
     return Problem(
         args=args,
         ours=ours,
         plain=plainly,
-        wanted=[0, *([1, 2] if case.variant.endswith("trained") else []), *([3] if residual else [])],
+        wanted=[0, *([1, 2] if trained else []), *([3] if residual else []), *([3 + residual] if learned else [])],
         grads=[grad],
         **({"output_slack": output_slack, "gradient_slack": gradient_slack} if act != "none" else {}),
     )
@@ -429,6 +487,7 @@ _BUILDERS: dict[str, Callable[[Case, Any], Problem]] = {
     "fake_quantize_": _fake_quantize_inplace,
     "dynamic_fake_quantize": _dynamic_fake_quantize,
     "foreach_dynamic_fake_quantize": _foreach_dynamic_fake_quantize,
+    "foreach_fake_quantize": _foreach_fake_quantize,
     "observe_fake_quantize": _observe_fake_quantize,
     "affine_act_fake_quantize": _affine_act_fake_quantize,
     "affine_act_quantize": _affine_act_fake_quantize,

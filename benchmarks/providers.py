@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adadfq.errors import InvalidInputError
 from adadfq.ops import dispatch
-from benchmarks.cases import TINY, Case, is_launch
+from benchmarks.cases import TINY, Case, backward_of, is_launch
 from benchmarks.check import fresh_arguments, run_once
 from benchmarks.problems import Function, Outputs, Problem
 
@@ -41,14 +41,6 @@ UNCHECKED = (COPY, CLONE, IN_PLACE, BARE, EMPTY)
 INTO_FROM_BYTES = 32 << 20
 #: Calls that a graph holds: replaying it costs a launch, which is to be small against them.
 CALLS_OF_GRAPH = 100
-
-#: Operator -> operator of its backward.
-_BACKWARD = {
-    "affine_act_fake_quantize": "affine_act_fake_quantize_backward",
-    "bn_match": "bn_match_backward",
-    "bn_match_forward": "bn_match_forward_backward",
-    "batch_norm_act": "batch_norm_act_backward",
-}
 
 
 @dataclass
@@ -90,11 +82,8 @@ class Provider:
 def backends(case: Case, device_type: str) -> list[str]:
     """Backends other than the reference that can serve every operator of `case`, best first."""
     ops = [case.op]
-    if case.pass_ != "forward":
-        if case.variant.endswith("_clip"):
-            ops.append("fake_quantize_backward")
-        elif case.op in _BACKWARD:
-            ops.append(_BACKWARD[case.op])
+    if case.pass_ != "forward" and (backward := backward_of(case.op, case.variant)) is not None:
+        ops.append(backward)
     return [
         name
         for name in dispatch.PREFERENCE.get(device_type, ())

@@ -15,6 +15,7 @@ from adadfq import files
 from adadfq.errors import InvalidInputError
 from adadfq.ops import routes
 from adadfq.ops.schema import OPERATORS
+from benchmarks.cases import backward_of
 from benchmarks.providers import OURS
 from benchmarks.tables import number, text_table
 
@@ -32,9 +33,7 @@ def operators(row: Row) -> tuple[str, ...]:
 
     A backward without an operator of its own hands on, or scales, what the forward has computed.
     """
-    backward: str | None = f"{row['op']}_backward"
-    if backward not in OPERATORS or (row["op"] == "fake_quantize" and not row["variant"].endswith("_clip")):
-        backward = None
+    backward = backward_of(row["op"], row["variant"])
     found = {"forward": (row["op"],), "backward": (backward,), "both": (row["op"], backward)}[row["pass"]]
     return tuple(op for op in found if op is not None)
 

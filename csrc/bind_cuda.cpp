@@ -15,6 +15,7 @@
 #include "cuda/bn_match.h"
 #include "cuda/dynamic_fake_quantize.h"
 #include "cuda/fake_quantize.h"
+#include "cuda/learned_fake_quantize.h"
 #include "cuda/logit_losses.h"
 #include "cuda/observe_fake_quantize.h"
 #include "cuda/packing.h"
@@ -164,6 +165,23 @@ void dynamic_fake_quantize(Address tensors, int64_t count, Address scratch, int 
                                             reinterpret_cast<cudaStream_t>(stream)));
 }
 
+void foreach_fake_quantize(Address tensors, int64_t count, int dtype, int device, Address stream) {
+  const OnDevice on(device);
+  check(adadfq::cuda::foreach_fake_quantize(at_address<adadfq::DynamicTensor>(tensors), count,
+                                            DType(dtype), reinterpret_cast<cudaStream_t>(stream)));
+}
+
+// tensors: `count` LearnedTensor structs, written by Python as ten int64 numbers each.
+static_assert(sizeof(adadfq::LearnedTensor) == 10 * sizeof(int64_t), "adadfq/ops writes it");
+
+void learned_fake_quantize_backward(Address tensors, int64_t count, Address scratch, int dtype,
+                                    int device, Address stream) {
+  const OnDevice on(device);
+  check(adadfq::cuda::learned_fake_quantize_backward(
+      at_address<adadfq::LearnedTensor>(tensors), count, at_address<double>(scratch), DType(dtype),
+      reinterpret_cast<cudaStream_t>(stream)));
+}
+
 void observe_fake_quantize(Address x, Address out, int64_t n, Address running_min,
                            Address running_max, Address num_batches, Address scale,
                            Address zero_point, Address scratch, int bits, double momentum,
@@ -190,6 +208,23 @@ void affine_act_fake_quantize_backward(Address grad, Address x, Address scale, A
       at_address(residual), act, at_address(grad_x), at_address(grad_residual),
       at_address<float>(grad_scale), at_address<float>(grad_shift), at_address<double>(scratch),
       Layout{outer, channels, inner}, DType(dtype), reinterpret_cast<cudaStream_t>(stream)));
+}
+
+// grad_scale and grad_shift may be 0.
+void affine_act_learned_fake_quantize_backward(
+    Address grad, Address x, Address scale, Address shift, Address residual, int act,
+    Address act_scale, Address act_zero_point, int bits, Address grad_x, Address grad_residual,
+    Address grad_scale, Address grad_shift, Address grad_act_scale, Address scratch,
+    Address block_sums, int64_t outer, int64_t channels, int64_t inner, int dtype, int device,
+    Address stream) {
+  const OnDevice on(device);
+  check(adadfq::cuda::affine_act_learned_fake_quantize_backward(
+      at_address(grad), at_address(x), at_address<float>(scale), at_address<float>(shift),
+      at_address(residual), act, at_address<float>(act_scale), at_address<int32_t>(act_zero_point),
+      bits, at_address(grad_x), at_address(grad_residual), at_address<float>(grad_scale),
+      at_address<float>(grad_shift), at_address<float>(grad_act_scale), at_address<double>(scratch),
+      at_address<double>(block_sums), Layout{outer, channels, inner}, DType(dtype),
+      reinterpret_cast<cudaStream_t>(stream)));
 }
 
 // y, weight and bias may be 0.
@@ -232,6 +267,10 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("affine_act_fake_quantize", &affine_act_fake_quantize, nogil);
   m.def("affine_act_quantize", &affine_act_quantize, nogil);
   m.def("affine_act_fake_quantize_backward", &affine_act_fake_quantize_backward, nogil);
+  m.def("affine_act_learned_fake_quantize_backward", &affine_act_learned_fake_quantize_backward,
+        nogil);
+  m.def("foreach_fake_quantize", &foreach_fake_quantize, nogil);
+  m.def("learned_fake_quantize_backward", &learned_fake_quantize_backward, nogil);
   m.def("dynamic_fake_quantize", &dynamic_fake_quantize, nogil);
   m.def("observe_fake_quantize", &observe_fake_quantize, nogil);
   m.def("quantize_pack", &quantize_pack, nogil);

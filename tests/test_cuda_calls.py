@@ -24,11 +24,17 @@ PARAMETERS = {
     "fake_quantize": f"x scale zero_point out {LAYOUT} bits",
     "fake_quantize_backward": f"grad x scale zero_point out {LAYOUT} bits",
     "dynamic_fake_quantize": "tensors count scratch",
+    "foreach_fake_quantize": "tensors count",
+    "learned_fake_quantize_backward": "tensors count scratch",
     "observe_fake_quantize": "x out n running_min running_max num_batches scale zero_point scratch bits momentum",
     "affine_act_fake_quantize": f"x scale shift residual act act_scale act_zero_point bits out {LAYOUT}",
     "affine_act_quantize": f"x scale shift residual act act_scale act_zero_point bits codes {LAYOUT}",
     "affine_act_fake_quantize_backward": (
         f"grad x scale shift residual act grad_x grad_residual grad_scale grad_shift scratch {LAYOUT}"
+    ),
+    "affine_act_learned_fake_quantize_backward": (
+        "grad x scale shift residual act act_scale act_zero_point bits grad_x grad_residual grad_scale grad_shift "
+        f"grad_act_scale scratch block_sums {LAYOUT}"
     ),
     "quantize_pack": f"x scale zero_point packed {LAYOUT} bits",
     "unpack_dequantize": f"packed scale zero_point out {LAYOUT} bits",
@@ -65,7 +71,7 @@ class StandIn:
             names = [*PARAMETERS[name].split(), "dtype", "device", "stream"]
             given = dict(zip(names, args, strict=True))
             self.calls.append((name, dict(given)))
-            for left_out in ("scratch", "device", "stream"):
+            for left_out in ("scratch", "block_sums", "device", "stream"):
                 given.pop(left_out, None)
             getattr(self.native, name)(*given.values(), 1)
 
@@ -153,6 +159,14 @@ def test_tensors_come_as_their_addresses(native: StandIn) -> None:
     named |= {"grad": grad, "x": x, "scale": scale, "shift": shift, "residual": residual}
     _check(native, "affine_act_fake_quantize_backward", named, act=2)
 
+    step, zero = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32)
+    learned = (grad, x, scale, shift, residual, "relu", step, zero, 5)
+    grads = cuda.KERNELS["affine_act_learned_fake_quantize_backward"](*learned, True, True)
+    names = ("grad_x", "grad_residual", "grad_scale", "grad_shift", "grad_act_scale")
+    named = {**named, **dict(zip(names, grads, strict=True)), "act_scale": step, "act_zero_point": zero}
+    _check(native, "affine_act_learned_fake_quantize_backward", named, act=1, bits=5)
+    assert native.calls[-1][1]["scratch"] != native.calls[-1][1]["block_sums"]
+
     y, loss, mean, var = cuda.KERNELS["bn_match_forward"](x, scale, shift, grad[0, :, 0, 0], residual[0, :, 0, 0], 1e-3)
     named = {"x": x, "running_mean": scale, "running_var": shift, "y": y, "loss": loss, "mean": mean, "var": var}
     _check(native, "bn_match", named, eps=1e-3)
@@ -173,6 +187,10 @@ def test_what_is_absent_is_0(native: StandIn) -> None:
     cuda.KERNELS["affine_act_fake_quantize_backward"](grad, x, scale, shift, None, "relu", False, False)
     absent = ("residual", "grad_residual", "grad_scale", "grad_shift", "scratch")
     _check(native, "affine_act_fake_quantize_backward", {}, **dict.fromkeys(absent, 0))
+    step, zero = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32)
+    learned = (grad, x, scale, shift, None, "relu", step, zero, 5)
+    cuda.KERNELS["affine_act_learned_fake_quantize_backward"](*learned, False, False)
+    _check(native, "affine_act_learned_fake_quantize_backward", {}, **dict.fromkeys(absent[:-1], 0))
     _, mean, var = cuda.KERNELS["bn_match"](x, scale, shift)
     _check(native, "bn_match", {}, weight=0, bias=0, y=0, eps=0.0)
     cuda.KERNELS["bn_match_backward"](torch.tensor(1.0), x, mean, var, scale, shift)
@@ -185,6 +203,8 @@ def test_what_is_absent_is_0(native: StandIn) -> None:
         ("dynamic_fake_quantize", DOUBLES * 5),
         ("foreach_dynamic_fake_quantize", DOUBLES * 3),  # tensors of 3, 1 and 3 channels
         ("observe_fake_quantize", DOUBLES),
+        ("learned_fake_quantize_backward", DOUBLES * 5),
+        ("foreach_learned_fake_quantize_backward", DOUBLES * 5),
         ("affine_act_fake_quantize_backward", DOUBLES * 5),
         ("bn_match", DOUBLES * 5),
         ("bn_match_forward", DOUBLES * 5),
@@ -203,7 +223,7 @@ def test_scratch_memory(native: StandIn, scratch: list[tuple[int, Tensor]], op: 
 def test_no_other_scratch_memory_is_taken(native: StandIn, scratch: list[tuple[int, Tensor]], op: str) -> None:
     cuda.KERNELS[op](*arguments(op, (3, 5, 7, 9), torch.float32))
     ((_, given),) = native.calls
-    assert len(scratch) == ("scratch" in given)
+    assert len(scratch) == ("scratch" in given) + ("block_sums" in given)
 
 
 @pytest.mark.parametrize(

@@ -371,7 +371,8 @@ def test_operators_of_rows() -> None:
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for case in registry():
         row = {"op": case.op, "variant": case.variant, "pass": case.pass_}
-        found[case.op, "clip" if case.variant.endswith("_clip") else "", case.pass_] = making.operators(row)
+        kind = next((kind for kind in ("clip", "learned") if case.variant.endswith(f"_{kind}")), "")
+        found[case.op, kind, case.pass_] = making.operators(row)
     assert (
         {ops[0] for ops in found.values() if len(ops) == 1}
         == {*operators.OPERATORS, *operators.PACKING, *operators.BATCH_NORM_ACT}
@@ -380,6 +381,7 @@ def test_operators_of_rows() -> None:
     affine = "affine_act_fake_quantize"
     assert found[affine, "", "both"] == (affine, f"{affine}_backward")
     assert found["fake_quantize", "clip", "both"] == ("fake_quantize", "fake_quantize_backward")
+    assert found[affine, "learned", "both"] == (affine, "affine_act_learned_fake_quantize_backward")
     assert found["entropy_distillation", "", "both"] == ("entropy_distillation",)
     assert found["entropy_distillation", "", "backward"] == ()
     assert found["bn_match", "", "backward"] == ("bn_match_backward",)

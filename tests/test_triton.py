@@ -37,6 +37,7 @@ PROPERTIES = [
     "dynamic_fake_quantize",
     "test_observe_fake_quantize",
     "test_affine_act_fake_quantize",
+    "learned",
     "bn_match or statistics",
     "test_batch_norm_act",
     "test_losses_on_logits",

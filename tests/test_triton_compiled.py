@@ -33,6 +33,10 @@ MAIN = {
     "affine_act_fake_quantize": ("affine_act_fake_quantize_kernel", 2, 1),
     "affine_act_quantize": ("affine_act_fake_quantize_kernel", 2, 1),
     "affine_act_fake_quantize_backward": ("affine_act_backward_sums_kernel", 3, 2),
+    "learned_fake_quantize_backward": ("learned_backward_kernel", 2, 1),
+    "foreach_fake_quantize": ("fake_quantize_kernel", 1, 1),
+    "foreach_learned_fake_quantize_backward": ("learned_backward_kernel", 2, 1),
+    "affine_act_learned_fake_quantize_backward": ("affine_act_learned_backward_kernel", 3, 2),
     "bn_match": ("bn_match_chunks_kernel", 1, 0),
     "bn_match_backward": ("bn_match_backward_kernel", 1, 1),
     "bn_match_forward": ("bn_match_chunks_kernel", 1, 1),
@@ -43,7 +47,12 @@ MAIN = {
     "entropy_distillation": ("entropy_distillation_kernel", 0, 0),
 }
 #: Their stores move bits, or codes.
-NOT_ROUNDED = {"fake_quantize_backward", "affine_act_quantize"}
+NOT_ROUNDED = {
+    "fake_quantize_backward",
+    "learned_fake_quantize_backward",
+    "foreach_learned_fake_quantize_backward",
+    "affine_act_quantize",
+}
 #: Approximate or flushing float32 instructions, and sums whose order is the hardware's.
 INEXACT = r"(div\.full|div\.approx|sqrt\.approx|rcp\.approx)\S*\.f32|\.ftz\.f32|\bred\.|atom\S*\.add\.f"
 IN_FLOAT64 = {"margin_loss_kernel", "entropy_distillation_kernel"}

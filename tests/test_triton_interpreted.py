@@ -63,7 +63,9 @@ def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op.startswith(("bn_match", "affine_act", "dynamic"))])
+@pytest.mark.parametrize(
+    "op", [op for op in triton.KERNELS if op.startswith(("bn_match", "affine_act", "dynamic", "learned"))]
+)
 def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every channel in several programs of several tiles, and more channels than one program combines."""
     monkeypatch.setattr(tiles, "PROGRAMS", 1)

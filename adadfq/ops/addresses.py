@@ -213,7 +213,8 @@ class Launchers:
         grad_act_scale: Tensor,
         layout: Layout,
     ) -> None:
-        scratch = self._backend.channel_scratch(x, layout.channels)
+        # Of channels, and of blocks, which are fewer.
+        scratch = [part for _ in range(2) for part in self._backend.channel_scratch(x, layout.channels)]
         self._backend.call(
             op,
             "affine_act_learned_fake_quantize_backward",

@@ -38,6 +38,14 @@ cudaError_t affine_act_fake_quantize_backward(const void* grad, const void* x, c
                                               const Layout& layout, DType dtype,
                                               cudaStream_t stream);
 
+// The same where the quantiser's step is learned; grad_act_scale: one value. scratch and
+// block_sums, each partial_doubles(layout.channels) float64 numbers, are always read.
+cudaError_t affine_act_learned_fake_quantize_backward(
+    const void* grad, const void* x, const float* scale, const float* shift, const void* residual,
+    int act, const float* act_scale, const int32_t* act_zero_point, int bits, void* grad_x,
+    void* grad_residual, float* grad_scale, float* grad_shift, float* grad_act_scale,
+    double* scratch, double* block_sums, const Layout& layout, DType dtype, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace adadfq
 

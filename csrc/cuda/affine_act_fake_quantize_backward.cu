@@ -5,6 +5,11 @@
 //   grad_x = du scale_c      grad_residual = du
 //   grad_scale_c = sum du x  grad_shift_c = sum du
 //
+// Where the quantiser's step is learned, with q = act(u) / act_scale and k = round(q):
+//
+//   du             = grad where act is not flat at u and k is a code, else 0
+//   grad_act_scale = sum grad (k - q where k is a code, else the code that it is clipped to)
+//
 // u is computed again instead of reading a mask; without an activation and without sums only grad
 // is read. Sums are in float over at most 64 elements, eight such lanes joined, in double beyond.
 //
@@ -27,7 +32,36 @@ namespace adadfq {
 namespace cuda {
 namespace {
 
-template <typename T>
+// What a quantiser with a learned step adds; nothing.
+template <bool kLearned>
+struct Step {
+  struct Channel {};
+  struct Item {};
+  struct Sums {};
+};
+
+template <>
+struct Step<true> {
+  const float* scale;
+  const int32_t* zero_point;
+  int32_t qmax;
+  ActBounds act;
+  double* block_sums;
+  float* grad_scale;
+
+  struct Channel {
+    ChannelQuantizer quantizer;
+    CodeBounds codes;
+  };
+  struct Item {
+    float term;
+  };
+  struct Sums {
+    float term;
+  };
+};
+
+template <typename T, bool kLearned>
 struct Backward {
   const T* grad;
   const T* x;
@@ -40,11 +74,13 @@ struct Backward {
   float* grad_shift;
   ActBounds flat;
   bool reads_x;
+  Step<kLearned> step;
 
   static constexpr int kPacks = 3;
-  static constexpr bool kSums = true, kPivot = false, kExact = false, kOverall = false;
+  static constexpr bool kSums = true, kPivot = false, kExact = false, kOverall = false,
+                        kTensorSum = kLearned;
 
-  struct Channel {
+  struct Channel : Step<kLearned>::Channel {
     float scale, shift;
   };
 
@@ -57,17 +93,27 @@ struct Backward {
     Pack<T, n> grad_x, grad_residual;
   };
 
-  struct Item {
+  struct Item : Step<kLearned>::Item {
     float du, x;
   };
 
-  struct Sums {
+  struct Sums : Step<kLearned>::Sums {
     float du_x, du;
   };
 
   struct Known {};
 
-  __device__ Channel channel(int64_t c) const { return {scale[c], shift[c]}; }
+  __device__ Channel channel(int64_t c) const {
+    Channel found;
+    found.scale = scale[c];
+    found.shift = shift[c];
+    if constexpr (kLearned) {
+      const int32_t zero_point = *step.zero_point;
+      found.quantizer = channel_quantizer(*step.scale, zero_point, step.qmax, kToNeighbours);
+      found.codes = code_bounds(zero_point, step.qmax);
+    }
+    return found;
+  }
 
   template <int n>
   __device__ In<n> load(int64_t i) const {
@@ -81,7 +127,17 @@ struct Backward {
     const float value = in.x.value(j);
     float u = affine(value, channel.scale, channel.shift);
     if (residual) u += in.residual.value(j);
-    return {activation_gradient(in.grad.value(j), u, flat), value};
+    float passed = in.grad.value(j);
+    Item item;
+    if constexpr (kLearned) {
+      const LearnedStep found =
+          learned_step(activation(u, step.act), channel.quantizer, channel.codes);
+      item.term = passed * found.slope;
+      passed = keep_if(found.inside, passed);
+    }
+    item.du = activation_gradient(passed, u, flat);
+    item.x = value;
+    return item;
   }
 
   __device__ bool stores() const { return true; }
@@ -106,16 +162,18 @@ struct Backward {
 
   __device__ float value(const Item& item) const { return item.du; }
 
-  __device__ Item nothing(float) const { return {0.0f, 0.0f}; }
+  __device__ Item nothing(float) const { return Item{}; }
 
   __device__ void add(const Item& item, float, Sums& sums) const {
     sums.du_x += item.du * item.x;
     sums.du += item.du;
+    if constexpr (kLearned) sums.term += item.term;
   }
 
   __device__ void join(Sums& into, const Sums& other) const {
     into.du_x += other.du_x;
     into.du += other.du;
+    if constexpr (kLearned) into.term += other.term;
   }
 
   __device__ bool run_totals(const Sums& sums, float, int, const Channel&, Totals& totals) const {
@@ -126,10 +184,15 @@ struct Backward {
   __device__ Known known(int64_t) const { return {}; }
 
   __device__ double finish(int64_t c, const Totals& totals, const Known&) const {
+    if (kLearned && !grad_scale) return 0.0;
     grad_scale[c] = static_cast<float>(totals.first);
     grad_shift[c] = static_cast<float>(totals.second);
     return 0.0;
   }
+
+  __device__ double tensor_sum(const Sums& sums) const { return static_cast<double>(sums.term); }
+  __device__ double* block_sums() const { return step.block_sums; }
+  __device__ void end_tensor(double sum) const { *step.grad_scale = static_cast<float>(sum); }
 };
 
 }  // namespace
@@ -144,20 +207,46 @@ cudaError_t affine_act_fake_quantize_backward(const void* grad, const void* x, c
   const bool reads_x = act != 0 || grad_scale != nullptr;
   return dispatch_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const Backward<T> op{static_cast<const T*>(grad),
-                         static_cast<const T*>(x),
-                         scale,
-                         shift,
-                         static_cast<const T*>(residual),
-                         static_cast<T*>(grad_x),
-                         static_cast<T*>(grad_residual),
-                         grad_scale,
-                         grad_shift,
-                         flat_bounds(act),
-                         reads_x};
+    const Backward<T, false> op{static_cast<const T*>(grad),
+                                static_cast<const T*>(x),
+                                scale,
+                                shift,
+                                static_cast<const T*>(residual),
+                                static_cast<T*>(grad_x),
+                                static_cast<T*>(grad_residual),
+                                grad_scale,
+                                grad_shift,
+                                flat_bounds(act),
+                                reads_x,
+                                {}};
     return channel_pass<T>(
         op, layout, common_phase<T>(grad, reads_x ? x : nullptr, residual, grad_x, grad_residual),
         grad_scale ? scratch : nullptr, stream);
+  });
+}
+
+cudaError_t affine_act_learned_fake_quantize_backward(
+    const void* grad, const void* x, const float* scale, const float* shift, const void* residual,
+    int act, const float* act_scale, const int32_t* act_zero_point, int bits, void* grad_x,
+    void* grad_residual, float* grad_scale, float* grad_shift, float* grad_act_scale,
+    double* scratch, double* block_sums, const Layout& layout, DType dtype, cudaStream_t stream) {
+  return dispatch_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const Backward<T, true> op{
+        static_cast<const T*>(grad),
+        static_cast<const T*>(x),
+        scale,
+        shift,
+        static_cast<const T*>(residual),
+        static_cast<T*>(grad_x),
+        static_cast<T*>(grad_residual),
+        grad_scale,
+        grad_shift,
+        flat_bounds(act),
+        true,
+        {act_scale, act_zero_point, max_code(bits), act_bounds(act), block_sums, grad_act_scale}};
+    return channel_pass<T>(op, layout, common_phase<T>(grad, x, residual, grad_x, grad_residual),
+                           scratch, stream);
   });
 }
 

@@ -52,7 +52,8 @@ struct Match {
   double inverse_channels;
 
   static constexpr int kPacks = 1;
-  static constexpr bool kSums = true, kPivot = true, kExact = true, kOverall = true;
+  static constexpr bool kSums = true, kPivot = true, kExact = true, kOverall = true,
+                        kTensorSum = false;
 
   struct alignas(16) Channel {
     float running_mean, slope, bias;  // for y

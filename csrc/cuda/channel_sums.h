@@ -39,6 +39,13 @@
 //   double finish(int64_t c, const Totals&, const Known&) const;
 //   static constexpr bool kOverall;
 //   void end(double sum) const;
+//
+//   With kTensorSum there is a third sum, over the whole tensor: what a run adds to it, where
+//   blocks leave theirs (partial_doubles(channels) float64 numbers), and what becomes of the total:
+//   static constexpr bool kTensorSum;
+//   double tensor_sum(const Sums&) const;
+//   double* block_sums() const;
+//   void end_tensor(double sum) const;
 #ifndef ADADFQ_CUDA_CHANNEL_SUMS_H_
 #define ADADFQ_CUDA_CHANNEL_SUMS_H_
 
@@ -167,6 +174,14 @@ __device__ __forceinline__ double finish_channels(const Op& op, const Partials& 
   return sum;
 }
 
+// The sum over the whole tensor, from those of the blocks; for thread 0.
+__device__ __forceinline__ double add_blocks(const double* block_sums, Totals* buffer) {
+  double sum = 0;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x)
+    sum += load_shared_result(block_sums + block);
+  return block_sum({sum, 0.0}, buffer).first;
+}
+
 // Same for one split, whose blocks have finished the channels.
 __device__ __forceinline__ double add_results(const Partials& partials) {
   constexpr int kSlots = 8;
@@ -240,6 +255,7 @@ template <bool kShared>
 struct ThreadTotals {
   Totals own;
   Totals* buffer;
+  double tensor;
 
   __device__ __forceinline__ void start(int channels) {
     own = {0.0, 0.0};
@@ -331,6 +347,7 @@ struct ChannelRun {
         totals.add(k, found);
       else
         failed |= 1u << k;
+      if constexpr (Op::kTensorSum) totals.tensor += op.tensor_sum(sums[k]);
     }
     if constexpr (Op::kExact) {
       for (uint32_t number = begin; failed != 0 && number < end; number += cursor.step()) {
@@ -370,6 +387,7 @@ __device__ __forceinline__ void take_element(const Op& op, int64_t i,
         if constexpr (Op::kExact) found = op.exact_totals(item, channel);
       }
       totals.add(0, found);
+      if constexpr (Op::kTensorSum) totals.tensor += op.tensor_sum(sums);
     }
   }
 }
@@ -430,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, kSumsResident)
   const typename Op::Channel* channels = shared + cursor.own_channel(0);
 
   __shared__ Totals buffer[Op::kSums ? kThreads * kChannels : 1];
-  ThreadTotals<Walk::kColumns> totals{{0.0, 0.0}, buffer};
+  ThreadTotals<Walk::kColumns> totals{{0.0, 0.0}, buffer, 0.0};
   if constexpr (Op::kSums) totals.start(kChannels);
   ChannelRun<n, Op, Walk> run;
   run.start(number);
@@ -480,10 +498,21 @@ __global__ void __launch_bounds__(kThreads, kSumsResident)
       const Totals sum = block_sum(totals.own, buffer);
       if (threadIdx.x == 0) deliver(op, partials, cursor.split, cursor.channel, sum);
     }
-    if (partials.splits == 1 && !Op::kOverall) return;
+    if constexpr (Op::kTensorSum) {
+      const Totals sum = block_sum({totals.tensor, 0.0}, buffer);
+      if (threadIdx.x == 0) op.block_sums()[blockIdx.x] = sum.first;
+    }
+    if (partials.splits == 1 && !Op::kOverall && !Op::kTensorSum) return;
     if (!is_last_block(partials.counter)) return;
-    const double sum =
-        partials.splits == 1 ? add_results(partials) : finish_channels(op, partials, buffer);
+    double sum = 0;
+    if (partials.splits > 1)
+      sum = finish_channels(op, partials, buffer);
+    else if constexpr (Op::kOverall)
+      sum = add_results(partials);
+    if constexpr (Op::kTensorSum) {
+      const double total = add_blocks(op.block_sums(), buffer);
+      if (threadIdx.x == 0) op.end_tensor(total);
+    }
     if constexpr (Op::kOverall) {
       const Totals overall = block_sum({sum, 0.0}, buffer);
       if (threadIdx.x == 0) op.end(overall.first);

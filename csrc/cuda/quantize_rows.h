@@ -60,18 +60,18 @@ void plan(RowTensor& rows) {
 
 // Tensors of a launch: what the 4 KB of a kernel's parameters hold, or fewer, which are passed
 // faster. Tensor i has the blocks from first[i] on.
-template <int kTensors>
+template <int kTensors, class Rows = RowTensor>
 struct Table {
   uint32_t first[kTensors];
-  RowTensor tensors[kTensors];
+  Rows tensors[kTensors];
 };
 
 // Where there is no tensor.
 constexpr uint32_t kNoBlock = UINT32_MAX;
 
 // The tensor that `block` belongs to.
-template <int kTensors>
-__device__ __forceinline__ int tensor_of(const Table<kTensors>& table, uint32_t block) {
+template <int kTensors, class Rows>
+__device__ __forceinline__ int tensor_of(const Table<kTensors, Rows>& table, uint32_t block) {
   int found = 0;
 #pragma unroll
   for (int step = 64; step > 0; step /= 2)
@@ -102,20 +102,12 @@ __device__ __forceinline__ uint32_t forget(uint32_t value) {
   return value;
 }
 
-// One row of `units` packs of n elements by `threads` threads, this one being `thread` of them; no
-// units where there is no row. All threads of the block come here.
+// The quantiser over the range of a row, of which `held` is here.
 template <typename T, int n>
-__device__ __forceinline__ void quantize_row(const T* x, T* out, float* scale, int32_t* zero_point,
-                                             uint32_t units, uint32_t thread, uint32_t threads,
-                                             int bits) {
+__device__ __forceinline__ QParams find_params(const T* x, Pack<T, n> (&held)[kHeld<n>],
+                                               uint32_t units, uint32_t thread, uint32_t threads,
+                                               int bits) {
   constexpr uint32_t kLoads = 2;  // beside what is held
-  Pack<T, n> held[kHeld<n>];
-#pragma unroll
-  for (uint32_t u = 0; u < kHeld<n>; ++u) {
-    const uint32_t unit = thread + u * threads;
-    held[u] = Pack<T, n>{};  // the range holds 0 in any case
-    if (unit < units) held[u] = load<n>(x + unit * n);
-  }
   Ends ends = zero_ends();
 #pragma unroll
   for (uint32_t u = 0; u < kHeld<n>; ++u) {
@@ -132,12 +124,34 @@ __device__ __forceinline__ void quantize_row(const T* x, T* out, float* scale, i
 #pragma unroll
     for (uint32_t u = 0; u < kLoads; ++u) widen(ends, in[u]);
   }
-
   ends = threads <= kWarp ? warp_ends(ends, static_cast<int>(threads)) : block_ends(ends, threads);
-  const QParams params = qparams_from_range(ends.lo, ends.hi, bits);
-  if (units > 0 && thread == 0) {
-    *scale = params.scale;
-    *zero_point = params.zero_point;
+  return qparams_from_range(ends.lo, ends.hi, bits);
+}
+
+// One row of `units` packs of n elements by `threads` threads, this one being `thread` of them; no
+// units where there is no row. All threads of the block come here. given: scale and zero point are
+// read rather than found.
+template <typename T, int n, bool given>
+__device__ __forceinline__ void quantize_row(const T* x, T* out, float* scale, int32_t* zero_point,
+                                             uint32_t units, uint32_t thread, uint32_t threads,
+                                             int bits) {
+  constexpr uint32_t kLoads = 2;  // beside what is held
+  Pack<T, n> held[kHeld<n>];
+#pragma unroll
+  for (uint32_t u = 0; u < kHeld<n>; ++u) {
+    const uint32_t unit = thread + u * threads;
+    held[u] = Pack<T, n>{};  // the range holds 0 in any case
+    if (unit < units) held[u] = load<n>(x + unit * n);
+  }
+  QParams params{1.0f, 0};
+  if constexpr (given) {
+    if (units > 0) params = {*scale, *zero_point};
+  } else {
+    params = find_params<T, n>(x, held, units, thread, threads, bits);
+    if (units > 0 && thread == 0) {
+      *scale = params.scale;
+      *zero_point = params.zero_point;
+    }
   }
 
   thread = forget(thread);
@@ -163,7 +177,7 @@ __device__ __forceinline__ void quantize_row(const T* x, T* out, float* scale, i
   }
 }
 
-template <typename T, int kTensors>
+template <typename T, int kTensors, bool given>
 __global__ void __launch_bounds__(kThreads, 4)
     quantize_rows_kernel(const __grid_constant__ Table<kTensors> table) {
   const int tensor = tensor_of(table, blockIdx.x);
@@ -180,14 +194,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   int32_t* zero_point = rows.zero_point + row;
   if (rows.by_packs) {
     constexpr int n = kPackOf<T>;
-    quantize_row<T, n>(x, out, scale, zero_point, length / n, thread, threads, rows.bits);
+    quantize_row<T, n, given>(x, out, scale, zero_point, length / n, thread, threads, rows.bits);
   } else {
-    quantize_row<T, 1>(x, out, scale, zero_point, length, thread, threads, rows.bits);
+    quantize_row<T, 1, given>(x, out, scale, zero_point, length, thread, threads, rows.bits);
   }
 }
 
-// Gathers tensors and launches them.
-template <typename T>
+// Gathers tensors and launches them; given: with the scales and zero points that they have.
+template <typename T, bool given = false>
 class RowsQueue {
  public:
   explicit RowsQueue(cudaStream_t stream) : stream_(stream) {}
@@ -239,7 +253,7 @@ class RowsQueue {
       table.first[i] = i < tensors_ ? table_.first[i] : kNoBlock;
       table.tensors[i] = table_.tensors[std::min(i, tensors_ - 1)];
     }
-    return launch(quantize_rows_kernel<T, kSize>, dim3(static_cast<unsigned>(blocks_)),
+    return launch(quantize_rows_kernel<T, kSize, given>, dim3(static_cast<unsigned>(blocks_)),
                   dim3(kThreads), stream_, table);
   }
 
