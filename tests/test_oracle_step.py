@@ -412,9 +412,10 @@ def test_every_step_of_a_recipe_equals_the_oracle(
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-def test_every_step_on_a_resnet20_equals_the_oracle(play: Callable[..., list[Step]], fuse: bool) -> None:
-    settings, recipe = _condensed("cifar10_resnet20", 4, epochs=3)
-    assert len(play("resnet20", recipe, settings, 4, fuse=fuse)) == 3 * STEPS_PER_EPOCH
+@pytest.mark.parametrize("name", ["cifar10_resnet20", "adadfq_plus"])
+def test_every_step_on_a_resnet20_equals_the_oracle(play: Callable[..., list[Step]], name: str, fuse: bool) -> None:
+    settings, recipe = _condensed(name, 4, epochs=2)
+    assert len(play("resnet20", recipe, settings, 4, fuse=fuse)) == 2 * STEPS_PER_EPOCH
 
 
 #: What no shipped recipe does: both bounds felt by most samples, every weight of its own, ranges that still move while
