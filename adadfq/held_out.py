@@ -45,6 +45,7 @@ class HeldOut:
 
     Attributes:
         images: float16 [N, C, S, S], normalised as the teacher's input.
+        labels: the classes they were made for, int64 [N].
         logits: the teacher's on them, float32 [N, K].
 
     Raises:
@@ -77,7 +78,7 @@ class HeldOut:
         self._teacher = frozen if is_fused(frozen) else _fused(frozen)
         shares = [images // GENERATORS + (i < images % GENERATORS) for i in range(GENERATORS)]
         kept = [self._generate(i, share, steps, batch_size) for i, share in enumerate(shares) if share]
-        self.images = torch.cat(kept)
+        self.images, self.labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
         with torch.no_grad():
             self.logits = torch.cat([self._teacher(_ready(x, self._device)).float() for x in self.images.split(BATCH)])
         if not bool(self.logits.isfinite().all()):
@@ -86,8 +87,8 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.images)
 
-    def _generate(self, index: int, count: int, steps: int, batch_size: int) -> Tensor:
-        """`count` images of one generator, float16: equally many of each step of the second half, to within one."""
+    def _generate(self, index: int, count: int, steps: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """`count` images of one generator, float16, and labels: equally many of each step of the second half."""
         recipe = self.recipe
         seed = _seed(self.seed, index)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -99,7 +100,7 @@ class HeldOut:
             generator.parameters(), lr=recipe.lr_generator, betas=(recipe.adam_betas[0], recipe.adam_betas[1])
         )
         matching = BatchNormMatch(self._teacher)
-        first, kept = steps // 2, []
+        first, kept, kept_labels = steps // 2, [], []
         for step in range(steps):
             noise = torch.randn(batch_size, recipe.latent_dim, generator=random, device=self._device)
             labels = torch.randint(recipe.num_classes, (batch_size,), generator=random, device=self._device)
@@ -114,7 +115,8 @@ class HeldOut:
                 place, of = step - first, steps - first
                 share = (place + 1) * count // of - place * count // of
                 kept.append(images.detach()[:share].half().contiguous())
-        return torch.cat(kept)
+                kept_labels.append(labels[:share])
+        return torch.cat(kept), torch.cat(kept_labels)
 
     def score(self, student: nn.Module) -> dict[str, float]:
         """How close a network is to the teacher on the held-out images.

@@ -146,8 +146,11 @@ def _line(group: Summary, groups: Sequence[Summary]) -> list[str]:
     gap, rival = statistics.gap(group), statistics.rival(group, groups)
     theirs = None if rival is None else statistics.gap(rival)
     share = f"{gap / theirs:.2f}" if gap is not None and theirs is not None and theirs > 0 else "-"
+    label = group_label(group)
+    if sum(group_label(other) == label and statistics.alike(other, group) for other in groups) > 1:
+        label += f" ({group.rows[0]['recipe_digest'][:6]})"  # the recipe has changed in between
     return [
-        group_label(group),
+        label,
         str(len(group.accuracies) + group.diverged),
         accuracy_text(group, "±"),
         percent(gap),

@@ -78,12 +78,13 @@ def base(group: Summary, groups: Sequence[Summary]) -> Summary | None:
     """
     first = group.rows[0]
     settings = {name: value for name, value in first["settings"].items() if name not in first["variant"]}
+    return next((other for other in groups if other.rows[0]["settings"] == settings and alike(other, group)), None)
+
+
+def alike(group: Summary, other: Summary) -> bool:
+    """Whether nothing but settings, seeds and the age of their recipe tells both apart."""
     names = [name for name in IDENTITY if name not in ("settings", "seed", "recipe_digest")]
-    for other in groups:
-        row = other.rows[0]
-        if row["settings"] == settings and all(row[name] == first[name] for name in names):
-            return other
-    return None
+    return all(group.rows[0][name] == other.rows[0][name] for name in names)
 
 
 def same(group: Summary, other: Summary) -> bool:

@@ -33,7 +33,7 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
         "weight_bits": 3,
         "act_bits": 3,
         "settings": {"epochs": 10},
-        "recipe_digest": "0",
+        "recipe_digest": "0" * 16,
         "variant": {},
         "seed": seed,
         "status": "diverged" if value is None else "ok",
@@ -61,7 +61,7 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def varied(value: float | None, seed: int, **variant: Any) -> dict[str, Any]:
-    return row(value, seed, settings={"epochs": 10, **variant}, variant=variant)
+    return row(value, seed, settings={"epochs": 10, **variant}, variant=variant, recipe_digest="2" * 16)
 
 
 def content(*rows: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +120,16 @@ def test_differences_to_the_base(results: Path) -> None:
         "- (1 diverged)",
         "-",
     ]
+
+
+def test_a_recipe_that_changed_is_told_apart() -> None:
+    stored = {Path("accuracy-x.json"): content(row(80.0), row(82.0, recipe_digest="1" * 16))}
+    text = results_page.content(stored)
+    assert "adadfq, cifar10_resnet20 epochs=10 (000000) |" in text
+    assert "adadfq, cifar10_resnet20 epochs=10 (111111) |" in text
+    # Of two bases, the one in the file itself.
+    other = {Path("accuracy-y.json"): content(row(70.0, recipe_digest="1" * 16), varied(71.0, 1, gamma=0.0))}
+    assert "| 71.00 | +1.00 |" in results_page.content({**stored, **other})
 
 
 def test_correlations() -> None:

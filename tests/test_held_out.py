@@ -39,6 +39,7 @@ def test_the_same_seed_gives_the_same_images(held_out: HeldOut) -> None:
 def test_shapes_and_the_teachers_logits(held_out: HeldOut) -> None:
     assert len(held_out) == 37 and held_out.images.dtype is torch.float16
     assert held_out.images.shape == (37, 3, 8, 8) and held_out.logits.shape == (37, 10)
+    assert held_out.labels.shape == (37,) and held_out.labels.dtype is torch.int64
     with torch.no_grad():
         torch.testing.assert_close(held_out.logits, toy_teacher()(held_out.images.float()))
     # Two generators, each image once.
@@ -73,7 +74,9 @@ def test_the_images_fit_the_teachers_statistics() -> None:
     teacher = digits.load_teacher()
     recipe = adadfq.Recipe.named("digits")
     held_out = HeldOut(teacher, recipe, images=128, steps=60, batch_size=16)
-    untrained = HeldOut(teacher, recipe.replace(lr_generator=0.0), images=128, steps=60, batch_size=16)
+    untrained = HeldOut(teacher, recipe.replace(lr_generator=0.0), images=128, steps=2, batch_size=64)
+    by_label = HeldOut(teacher, recipe.replace(gamma=0.0), images=128, steps=30, batch_size=16)
+    by_statistics = HeldOut(teacher, recipe.replace(gamma=100.0), images=128, steps=30, batch_size=16)
 
     def mismatch(images: Tensor) -> float:
         matching = BatchNormMatch(teacher)
@@ -82,6 +85,9 @@ def test_the_images_fit_the_teachers_statistics() -> None:
         return float(matching.loss())
 
     assert mismatch(held_out.images) < 0.5 * mismatch(untrained.images)
+    assert mismatch(by_statistics.images) < 0.5 * mismatch(by_label.images)
+    found, chance = ((h.logits.argmax(1) == h.labels).float().mean() for h in (by_label, untrained))
+    assert found > 0.5 > 2 * chance
     assert (held_out.logits.argmax(1).bincount(minlength=10) > 0).all()
     # More bits agree more, by every measure.
     scores = []
