@@ -4,6 +4,7 @@ Which kernels serve CPU tensors is settled when tests are collected, so this tak
 
     ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_properties.py tests/test_cuda_kernels.py
     ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_ops.py tests/test_packing.py -k cuda
+    ADADFQ_TEST_EMULATED_CUDA=1 python -m pytest tests/test_learned_steps.py -k cuda
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def test_properties() -> None:
 
 def test_operators() -> None:
     _run("tests/test_ops.py", "-k", "cuda")
+
+
+def test_learned_steps() -> None:
+    _run("tests/test_learned_steps.py", "-k", "cuda")
 
 
 def test_packing() -> None:

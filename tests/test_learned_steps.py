@@ -508,12 +508,15 @@ def test_another_width_of_a_learned_activation() -> None:
     with torch.no_grad():
         act.scale.mul_(0.5)
     scale, zero_point = act.scale.detach().clone(), act.zero_point.clone()
-    act.set_bits(4)
-    assert torch.equal(act.scale, scale)
     act.set_bits(8)
     assert isinstance(act.scale, nn.Parameter) and act.act_bits == 8
     torch.testing.assert_close(act.scale.detach(), scale * 15 / 255)
     assert torch.equal(act.zero_point, zero_point * 17)
+    for seed in range(20):  # to the last bit
+        with torch.no_grad():
+            act.scale.copy_(scale := _randn(1, seed=seed)[0].abs())
+        act.set_bits(8)
+        assert torch.equal(act.scale, scale)
     act.learn_step(False).set_bits(4)
     torch.testing.assert_close(act.scale, torch.tensor(5.0 / 15))
 
@@ -559,6 +562,20 @@ def test_fused_and_unfused_networks_have_the_same_gradients(every: int) -> None:
         tight = 1e-9 if want.dtype == torch.float64 else 1e-5
         torch.testing.assert_close(got, want, rtol=tight, atol=tight * 1e-2)
         assert bool((want != 0).any())
+
+
+def test_a_fused_network_that_learns_compiles_without_a_graph_break() -> None:
+    student = _learn(_student(torch.float32), 2)
+    fused = adadfq.fuse(student)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    x, seed = torch.randn(4, 3, 8, 8), torch.randn(4, 10)
+    results = []
+    for model in (fused, compiled):
+        out = model(x)
+        results.append([out, *torch.autograd.grad(out, step_sizes(student), seed)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_of_both_kinds_are_quantised_together() -> None:

@@ -54,5 +54,10 @@ def test_operators() -> None:
     _run("tests/test_ops.py", "-k", "triton and not float16")
 
 
+def test_learned_steps() -> None:
+    chosen = "4-torch or any_step or nan or foreach or without_gradients or (fused_tail and shape0)"
+    _run("tests/test_learned_steps.py", "-k", f"triton and not float16 and ({chosen})")
+
+
 def test_configurations_addresses_and_repetition() -> None:
     _run("tests/test_triton_interpreted.py")
