@@ -14,8 +14,8 @@ __all__ = ["STUDIES", "Study", "study_grid"]
 
 #: Whole runs, as long as a tenth of the paper's: 40 epochs of 200 steps.
 _WHOLE = {"epochs": 40, "lr_milestones": (10, 20, 30)}
-#: Short ones, to compare settings: 5 epochs of the student's training.
-_SHORT = {"epochs": 7, "warmup_epochs": 2, "calibration_epochs": 2}
+#: Short ones, to compare settings: 3 epochs of the student's training.
+_SHORT = {"epochs": 5, "warmup_epochs": 2, "calibration_epochs": 2}
 
 
 @dataclass(frozen=True)
