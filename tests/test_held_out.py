@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from toy import ToyNet, toy_recipe, toy_teacher
 
 import adadfq
@@ -86,8 +87,10 @@ def test_the_images_fit_the_teachers_statistics() -> None:
 
     assert mismatch(held_out.images) < 0.5 * mismatch(untrained.images)
     assert mismatch(by_statistics.images) < 0.5 * mismatch(by_label.images)
-    found, chance = ((h.logits.argmax(1) == h.labels).float().mean() for h in (by_label, untrained))
-    assert found > 0.5 > 2 * chance
+    quick = recipe.replace(gamma=0.0, lr_generator=1e-2)
+    by_label_alone = HeldOut(teacher, quick, images=64, steps=60, batch_size=32)
+    found, before = (float(cross_entropy(h.logits, h.labels)) for h in (by_label_alone, untrained))
+    assert found < 0.7 * before
     assert (held_out.logits.argmax(1).bincount(minlength=10) > 0).all()
     # More bits agree more, by every measure.
     scores = []
