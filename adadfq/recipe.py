@@ -174,6 +174,11 @@ class Recipe:
                 "generator_ema is for replays without a bank: set replays of at least 1 and bank_batches=0, or "
                 "generator_ema=0"
             )
+        if self.replays >= self.steps_per_epoch:
+            raise InvalidInputError(
+                f"replays must be below steps_per_epoch={self.steps_per_epoch}, got {self.replays}: every epoch has a "
+                "step of both players"
+            )
         if self.crop >= self.image_size:
             raise InvalidInputError(f"crop must be below image_size={self.image_size}, got {self.crop}")
         if self.temperature <= 0:

@@ -292,6 +292,7 @@ def test_spectral_norm_bounds_the_generators_layers() -> None:
         ({"generator_ema": 0.9}, "set replays of at least 1 and bank_batches=0"),
         ({"crop": 8}, "crop must be below image_size=8"),
         ({"replays": -1}, "replays must be at least 0"),
+        ({"replays": 4}, "replays must be below steps_per_epoch=4"),
         ({"feature_weight": -1.0}, "feature_weight must be at least 0"),
     ],
 )
