@@ -31,6 +31,11 @@ class ImageBank:
         self._kept: list[Tensor] = []
         self._count: Tensor | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was stored yet."""
+        return not self._kept
+
     def store(self, images: Tensor, logits: Tensor, features: Sequence[Tensor] = ()) -> None:
         """Keep one batch: images [B, C, H, W], logits [B, K], features of any shape; always of the same shapes."""
         values = [value.detach() for value in (images, logits, *features)]
@@ -45,7 +50,7 @@ class ImageBank:
 
     def draw(self, random: torch.Generator) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(images, logits, features) of one kept batch, drawn uniformly from `random`, a generator on their device."""
-        assert self._count is not None, "nothing was stored"
+        assert self._count is not None
         filled = self._count.clamp(max=self.batches)
         place = torch.rand((), generator=random, device=self._count.device, dtype=torch.float64) * filled
         rows = self._rows(place.long().clamp(max=self.batches - 1), len(self._kept[0]) // self.batches)

@@ -25,11 +25,13 @@ from adadfq.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from adadfq.recipe import Recipe
     from adadfq.scoring import Accuracy, ScoringSet
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+DEFAULT_RECIPE = "adadfq_plus"
 #: Recipe fields that are no options.
 NOT_OPTIONS = ("name", "source", "by_weight_bits")
 
@@ -183,10 +185,9 @@ class _RecipeCommand(click.Command):
 @click.option(
     "--recipe",
     "recipe_name",
-    default="adadfq_plus",
-    show_default=True,
     metavar="NAME",
-    help="Settings to start from, of those below; the paper's are named after its networks.",
+    help="Settings to start from, of those below; adadfq_plus by default, with the model's own number of classes. The "
+    "paper's are named after its networks.",
 )
 @click.option("--weight-bits", type=int, required=True, help="Bits of the weights, 2..8.")
 @click.option("--act-bits", type=int, required=True, help="Bits of the activations, 2..8.")
@@ -199,7 +200,7 @@ class _RecipeCommand(click.Command):
 def quantize(
     model: str,
     weights: Path | None,
-    recipe_name: str,
+    recipe_name: str | None,
     weight_bits: int,
     act_bits: int,
     out: Path,
@@ -228,7 +229,7 @@ def quantize(
     if not resume:
         check_new_directory(out)  # before anything is read or built
     given = {name: value for name, value in overrides.items() if value is not None}
-    recipe = Recipe.named(recipe_name, weight_bits=weight_bits, **given)
+    recipe = Recipe.named(recipe_name or DEFAULT_RECIPE, weight_bits=weight_bits, **given)
     device = _pick_device(device_name)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -240,9 +241,8 @@ def quantize(
     else:
         click.echo(f"note: no --weights: {model} keeps the weights its callable gives it", err=True)
     teacher.eval()
-    if "num_classes" not in given and (classes := count_classes(teacher, recipe)) not in (None, recipe.num_classes):
-        click.echo(f"note: num_classes={classes}, as many as {model} has logits", err=True)
-        recipe = recipe.replace(num_classes=classes)
+    if recipe_name is None and "num_classes" not in given:
+        recipe = _with_classes(recipe, count_classes(teacher, recipe), model, "image_size" in given)
     student = adadfq.quantize(teacher, weight_bits, act_bits)
     trainer = adadfq.Trainer(teacher, student, recipe, seed=seed, device=device)
     click.echo(str(adadfq.report(student)))
@@ -253,6 +253,19 @@ def quantize(
     if result.status == "interrupted":
         click.echo("continue with the same command and --resume", err=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _with_classes(recipe: Recipe, classes: int | None, model: str, knows_size: bool) -> Recipe:
+    """`recipe` for a model with another number of classes: then its images are other ones too, of a size to be told."""
+    if classes in (None, recipe.num_classes):
+        return recipe
+    if not knows_size:
+        raise InvalidInputError(
+            f"{model} has {classes} classes: say what images it takes, with --image-size {recipe.image_size} or "
+            "another, or take a recipe such as --recipe adadfq_plus_imagenet"
+        )
+    click.echo(f"note: num_classes={classes}, as many as {model} has logits", err=True)
+    return recipe.replace(num_classes=classes)
 
 
 # -------------------------------------------------------------------------------------------------------- evaluate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,13 @@ __all__ = ["fuse", "is_fused", "unfuse", "with_features"]
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
+#: Functions and methods that make a BatchNorm's output nonlinear.
+_ACTIVATIONS = frozenset(
+    """
+    mul imul sigmoid tanh silu gelu mish elu selu celu prelu rrelu leaky_relu softplus hardswish hardsigmoid hardtanh
+    logsigmoid relu relu6 clamp clip
+    """.split()
+)
 #: What may stand between the layer that gives the logits and the network's output.
 _SHAPING = {"flatten", "view", "reshape", "squeeze", "contiguous"}
 _SHAPING_MODULES = (nn.Flatten, nn.Identity, nn.Dropout)
@@ -63,8 +70,9 @@ def with_features(
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[str]]:
     """Both networks returning ``(logits, features)``: the outputs of their blocks beside the logits, for matching.
 
-    A block ends where a residual is added, after its activation, and at BatchNorms without activation (the linear
-    bottlenecks of MobileNetV2). A network without such places gives the outputs of all its BatchNorms' activations.
+    A block ends where a residual is added, after the ReLU or ReLU6 behind it if there is one, and at BatchNorms
+    without activation (the linear bottlenecks of MobileNetV2). A network without such places gives what follows all
+    its BatchNorms.
     Of the student they are the quantised ones. See :func:`fuse` for what the results share with the models.
 
     Args:
@@ -78,19 +86,20 @@ def with_features(
     Raises:
         InvalidInputError: as :func:`fuse`, or the two networks have no such place in common.
     """
-    tails = {}
-    for network in (teacher, student):
-        tapper = _Tapper(network, _traced(network))
+    networks = [unfuse(model) if is_fused(model) else model for model in (teacher, student)]
+    tappers = [_Tapper(network, _traced(network)) for network in networks]
+    for tapper in tappers:
         tapper.rewrite()
-        tails[network] = tapper
-    names = [name for name in tails[teacher].block_ends() if name in tails[student].results]
+    known = set(tappers[1].results)
+    names = [name for name in tappers[0].block_ends() if name in known]
     if not names:
         raise InvalidInputError(
             f"{type(teacher).__name__} has no BatchNorm followed by something that its student has too: there is no "
-            "block output to match; set feature_weight=0"
+            "block output to match"
         )
     kinds = (_TeacherFuser, _StudentFuser) if fuse else (_Tapper, _Tapper)
-    return _rewritten(teacher, kinds[0], names), _rewritten(student, kinds[1], names), names
+    tapped = [_rewritten(network, kind, names) for network, kind in zip(networks, kinds, strict=True)]
+    return tapped[0], tapped[1], names
 
 
 def _traced(model: nn.Module) -> fx.Graph:
@@ -162,7 +171,7 @@ class _Fuser(ABC):
         self.rewrite()
         if features:
             output = next(node for node in self.graph.nodes if node.op == "output")
-            output.args = ((output.args[0], [self.results[name] for name in features]),)
+            output.args = ((output.args[0], [self.block_end(self.results[name]) for name in features]),)
         self.graph.lint()
         targets = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
         root = {target: self.modules.get(target) or operator.attrgetter(target)(self.model) for target in targets}
@@ -177,6 +186,11 @@ class _Fuser(ABC):
             if (container := fused.get_submodule(name)) is not module:
                 _share_tensors(module, container)
         return fused
+
+    def block_end(self, result: fx.Node) -> fx.Node:
+        """`result`, or the sum of it and a residual where nothing else reads it."""
+        user = _only_user(result)
+        return user if user is not None and _sum_of(user) is not None else result
 
     @abstractmethod
     def rewrite(self) -> None:
@@ -293,7 +307,9 @@ class _StudentFuser(_Fuser):
         self._layers(nodes)
 
     def _tails(self, nodes: list[fx.Node]) -> None:
-        norms = [node for node in nodes if self.norm(node) and _is_affine(self.modules[str(node.target)])]
+        all_norms = [node for node in nodes if self.norm(node)]
+        norms = [node for node in all_norms if _is_affine(self.modules[str(node.target)])]
+        self.results = {str(node.target): self.tail(node)[0][-1] for node in all_norms}
         if not norms:
             return
         paths = list(dict.fromkeys(str(node.target) for node in norms))
@@ -360,7 +376,7 @@ class _Tapper(_Fuser):
             if residual is not None:
                 self._added.append(path)
                 residuals.append(residual)
-            elif act == "none":
+            elif act == "none" and not any(_is_activation(user, self.modules) for user in node.users):
                 self._linear.append(path)
         # The BatchNorm of a shortcut ends no block.
         self._linear = [path for path in self._linear if self.results[path] not in residuals]
@@ -369,6 +385,14 @@ class _Tapper(_Fuser):
         """BatchNorms after which blocks end, in the order of the graph."""
         ends = {*self._added, *self._linear} or set(self.results)
         return [path for path in self.results if path in ends]
+
+
+def _is_activation(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether `node` calls an activation of torch.nn, whichever, or multiplies, as SiLU written out and gates do."""
+    if node.op == "call_module":
+        return type(modules.get(str(node.target))).__module__ == nn.modules.activation.__name__
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.strip("_") in _ACTIVATIONS
 
 
 def _share_tensors(source: nn.Module, container: nn.Module) -> None:

@@ -19,7 +19,6 @@ from adadfq.bank import ImageBank
 from adadfq.errors import InvalidInputError
 from adadfq.extra_losses import cross_entropy, feature_loss, soft_targets
 from adadfq.fused_layers import BatchNormWatch
-from adadfq.nn import step_sizes
 from adadfq.recipe import Recipe
 from adadfq.transforms import Transform
 
@@ -41,8 +40,6 @@ METRICS = (
 
 #: Those that a replay has.
 REPLAY_METRICS = ("loss_student", "loss_features", "agreement")
-#: Step sizes are kept at least as large.
-SMALLEST_STEP = 1e-8
 
 
 class BatchNormMatch:
@@ -137,7 +134,7 @@ class Game:
         self.bn_match = BatchNormMatch(teacher)
         self.generator_parameters = [p for p in generator.parameters() if p.requires_grad]
         self.student_parameters = [p for p in student.parameters() if p.requires_grad]
-        self.step_sizes: list[nn.Parameter] = []
+        self.log_steps: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.optimizer_steps: torch.optim.Optimizer | None = None
         device = self.generator_parameters[0].device
         self.device_type = device.type
@@ -147,11 +144,18 @@ class Game:
         #: H' of every sample of the last step of both players, [B]; overwritten by the next.
         self.h_prime = torch.zeros(recipe.batch_size, device=device)
 
-    def learn_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train the student's learned step sizes too (:func:`adadfq.nn.step_sizes`), with an optimizer over them."""
-        self.step_sizes = step_sizes(self.student)
+    def learn_steps(self, log_steps: list[tuple[nn.Parameter, nn.Parameter]], optimizer: torch.optim.Optimizer) -> None:
+        """Train the student's learned step sizes too (:func:`adadfq.nn.step_sizes`).
+
+        Their logarithms are what the optimizer moves: a learning rate is then the same share of a small step size and
+        of a large one, and none reaches 0.
+
+        Args:
+            log_steps: (step size, its logarithm) of each.
+            optimizer: over the logarithms.
+        """
+        self.log_steps, self.optimizer_steps = log_steps, optimizer
         self.student_parameters = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer_steps = optimizer
 
     def images(
         self, noise: Tensor, labels: Tensor, random: torch.Generator | None, generator: nn.Module | None = None
@@ -180,6 +184,8 @@ class Game:
             The metrics named by :data:`METRICS`, float32 [len(METRICS)], on the device.
         """
         recipe = self.recipe
+        if len(noise) != len(self.h_prime):
+            self.h_prime = self.h_prime.new_zeros(len(noise))
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
             images = self.images(noise, labels, random)
             with self.bn_match.watching():
@@ -272,6 +278,8 @@ class Game:
         if not soft:
             return loss
         targets = soft_targets(teacher, labels, recipe.soft_labels)
+        if teacher.dtype in (torch.bfloat16, torch.float16):
+            teacher, student = teacher.float(), student.float()
         ds, as_ = cross_entropy(teacher - student, targets), cross_entropy(teacher + student, targets)
         total = loss.total + recipe.beta * (recipe.alpha_ds * ds + recipe.alpha_as * as_)
         return loss._replace(total=total, disagreement=ds.detach(), agreement=as_.detach())
@@ -286,12 +294,23 @@ class Game:
         matching = self.recipe.feature_weight * feature_loss(teacher_features, student_features)
         return loss + matching, matching
 
+    @torch.no_grad()
     def _update_student(self) -> None:
         self.optimizer_student.step()
-        if self.optimizer_steps is not None:
-            self.optimizer_steps.step()
-            # One that an update carries to 0 or below would quantise everything to 0 or NaN for ever.
-            torch._foreach_clamp_min_([step.data for step in self.step_sizes], SMALLEST_STEP)
+        if self.optimizer_steps is None:
+            return
+        reached = [(step.data, log, step.grad) for step, log in self.log_steps if step.grad is not None]
+        steps, logs = [step for step, _, _ in reached], [log for _, log, _ in reached]
+        # d / d log s = s d / ds
+        for log, gradient in zip(logs, torch._foreach_mul([g for _, _, g in reached], steps), strict=True):
+            log.grad = gradient
+        self.optimizer_steps.step()
+        torch._foreach_copy_(steps, torch._foreach_exp([log.data for log in logs]))
+
+    def start_average(self) -> None:
+        """Let the averaged generator begin where the generator is now."""
+        if self.averaged is not None:
+            self.averaged.load_state_dict(self.generator.state_dict())
 
     @torch.no_grad()
     def _follow_generator(self) -> None:

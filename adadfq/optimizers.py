@@ -38,9 +38,9 @@ def for_student(student: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def for_step_sizes(steps: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam over learned step sizes, without weight decay: which is larger says nothing of a quantiser."""
-    return _adam(steps, recipe.lr_steps, MOMENTS)
+def for_step_sizes(logarithms: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam over the logarithms of learned step sizes, without weight decay."""
+    return _adam(logarithms, recipe.lr_steps, MOMENTS)
 
 
 def _adam(

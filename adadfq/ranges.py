@@ -16,8 +16,8 @@ from adadfq.weight_step import WeightStep
 
 __all__ = ["fix_weight_steps", "mse_range", "shrink_act_ranges"]
 
-#: Candidates: the whole range times each of these.
-SHARES = tuple(k / 50 for k in range(10, 51))
+#: Candidates: the whole range times each of these, the first of equals being taken.
+SHARES = tuple(k / 50 for k in range(50, 9, -1))
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def mse_range(x: Tensor, bits: int, axis: int = 0) -> tuple[Tensor, Tensor]:
     lo, hi = rows.amin(1), rows.amax(1)
     best_scale, best_zero_point = functional.qparams(lo, hi, bits)
     best_error = torch.full_like(lo, torch.inf)
-    for share in reversed(SHARES):
+    for share in SHARES:
         scale, zero_point = functional.qparams(lo * share, hi * share, bits)
         error = (functional.fake_quantize(rows, scale, zero_point, bits, axis=0) - rows).square().sum(1)
         better = error < best_error
@@ -79,7 +79,8 @@ def shrink_act_ranges(student: nn.Module, batches: Iterable[Tensor]) -> None:
         for images in batches:
             student(images)
     for act, error in errors.items():
-        share = torch.tensor(SHARES, device=error.device)[error.argmin()]
+        best = error.nan_to_num(torch.inf).argmin()
+        share = torch.tensor(SHARES, device=error.device)[best]
         act.shrink_range(share)
 
 

@@ -39,6 +39,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "optimizer_student": trainer.optimizer_student.state_dict(),
         "optimizer_generator": trainer.optimizer_generator.state_dict(),
         "optimizer_steps": None if trainer.optimizer_steps is None else trainer.optimizer_steps.state_dict(),
+        "log_steps": [step.detach() for step in trainer.log_steps],
         "averaged": None if trainer.game.averaged is None else trainer.game.averaged.state_dict(),
         "bank": None if trainer.game.bank is None else trainer.game.bank.state(),
         "history": {"metrics": trainer.epoch_metrics, "h_prime": trainer.epoch_h_prime},
@@ -92,7 +93,7 @@ def restore(trainer: Trainer, directory: Path) -> None:
     for name, model in players.items():
         load_weights(model, state[name], f"{path} ({name})")
     if state["optimizer_steps"] is not None:
-        trainer._learn_steps()
+        trainer._learn_steps(state["log_steps"])
     for name in ("optimizer_student", "optimizer_generator", "optimizer_steps"):
         optimizer = getattr(trainer, name)
         if optimizer is not None:

@@ -55,7 +55,8 @@ class Trainer:
             machine; torch's global random state is left alone.
         device: default, the teacher's.
         fuse: play with fused networks (:func:`adadfq.fuse`): the same tensors in fewer passes over memory. `student`
-            itself stays as it is. A network that cannot be fused plays as it is, with a warning.
+            itself stays as it is. A network that cannot be fused plays as it is, with a warning; with a recipe that
+            matches features (``feature_weight``) it is refused.
         capture: replay each step as a CUDA graph; default, on CUDA devices. Hooks and other Python in the networks
             then run only while the graph is recorded: four times at the start of every phase.
         progress: show progress on stderr.
@@ -111,7 +112,12 @@ class Trainer:
                 f"epochs={self.recipe.epochs}; the result is round to nearest over calibrated ranges",
                 stacklevel=2,
             )
-
+        elif self.recipe.epochs <= self.recipe.calibration_epochs and _changes_quantizers(self.recipe):
+            warnings.warn(
+                f"ranges move to the end (calibration_epochs={self.recipe.calibration_epochs} of "
+                f"epochs={self.recipe.epochs}): learn_steps, weight_range and act_range, which begin after, do nothing",
+                stacklevel=2,
+            )
         self.seed = seed
         self.device = torch.device(device) if device is not None else next(teacher.parameters()).device
         self.capture = self.device.type == "cuda" if capture is None else capture
@@ -124,6 +130,7 @@ class Trainer:
             self.student = student.to(self.device).eval()
             self.generator = generator.to(self.device).train()
             self._unreached = check_players(self.teacher, self.student, self.generator, self.recipe)
+            teacher_playing, student_playing = self._playing(fuse)
         except BaseException:
             for model, was_on, modes in were:
                 model.to(was_on)
@@ -135,12 +142,7 @@ class Trainer:
         self.optimizer_student = optimizers.for_student(self.student, self.recipe)
         #: Of the learned step sizes, from when there are any.
         self.optimizer_steps: torch.optim.Optimizer | None = None
-        if self.recipe.feature_weight:
-            teacher_playing, student_playing, _ = with_features(self.teacher, self.student, fuse)
-        elif fuse:
-            teacher_playing, student_playing = _fused("teacher", self.teacher), _fused("student", self.student)
-        else:
-            teacher_playing, student_playing = self.teacher, self.student
+        self.log_steps: list[nn.Parameter] = []
         self.game = Game(
             teacher_playing,
             student_playing,
@@ -171,6 +173,18 @@ class Trainer:
         #: Learning rates as the optimizers have them.
         self._rates: dict[torch.optim.Optimizer, float] = {}
 
+    def _playing(self, fuse: bool) -> tuple[nn.Module, nn.Module]:
+        """Teacher and student as they play."""
+        if self.recipe.feature_weight:
+            try:
+                teacher, student, _ = with_features(self.teacher, self.student, fuse)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{error} (without feature_weight=0 the blocks' outputs are needed)") from error
+            return teacher, student
+        if fuse:
+            return _fused("teacher", self.teacher), _fused("student", self.student)
+        return self.teacher, self.student
+
     def play(self, train_student: bool = True) -> Tensor:
         """Play one step on noise and labels drawn from the trainer's random state; see :meth:`adadfq.game.Game.step`.
 
@@ -183,7 +197,12 @@ class Trainer:
         """Play one step of the student alone, as :meth:`play`; see :meth:`adadfq.game.Game.replay`.
 
         With a bank, after a step in which the student trained.
+
+        Raises:
+            InvalidInputError: the bank is empty.
         """
+        if self.game.bank is not None and self.game.bank.is_empty:
+            raise InvalidInputError("the bank is empty: play(train_student=True) fills it")
         return self._play("replay", partial(self.game.replay, self.random), True)
 
     def _play(self, kind: str, step: Callable[[], Tensor], train_student: bool) -> Tensor:
@@ -245,12 +264,18 @@ class Trainer:
         if recipe.learn_steps:
             self._learn_steps()
 
-    def _learn_steps(self) -> None:
+    def _learn_steps(self, logarithms: list[Tensor] | None = None) -> None:
+        """Make the step sizes parameters, their logarithms those given or taken from them."""
         for name, module in self.student.named_modules():
             if isinstance(module, QUANTIZING) and name not in self._unreached:
                 module.learn_step()
-        self.optimizer_steps = optimizers.for_step_sizes(step_sizes(self.student), self.recipe)
-        self.game.learn_steps(self.optimizer_steps)
+        steps = step_sizes(self.student)
+        if logarithms is None:
+            logarithms = [step.detach().log() for step in steps]
+        #: Of the learned step sizes, what the optimizer moves.
+        self.log_steps = [nn.Parameter(value.to(self.device)) for value in logarithms]
+        self.optimizer_steps = optimizers.for_step_sizes(self.log_steps, self.recipe)
+        self.game.learn_steps(list(zip(steps, self.log_steps, strict=True)), self.optimizer_steps)
         self._captured = {}
 
     def _some_images(self) -> Iterator[Tensor]:
@@ -313,6 +338,9 @@ class Trainer:
             log.close()
             progress.close()
             self._restore_layouts()
+            for module in self._quantizers:
+                if isinstance(module, QuantAct) or module.weight_scale is not None:
+                    module.learn_step(False)  # what was learned stays, as a buffer
 
         complete = self.epoch >= recipe.epochs
         if self.step == 0:
@@ -322,10 +350,6 @@ class Trainer:
         if not complete and directory is not None:
             resume_state.save(self, directory / CHECKPOINT)
         self._freeze()
-        for module in self._quantizers:
-            if not isinstance(module, QuantAct) and module.weight_scale is None:
-                continue
-            module.learn_step(False)  # what was learned stays, as a buffer
         status = "complete" if complete else "interrupted"
         result = Result(self.student, recipe, self.seed, status, self.step, means, directory)
         if directory is not None:
@@ -344,6 +368,8 @@ class Trainer:
         else:
             self._freeze()
         first = self.step
+        if first == recipe.warmup_epochs * recipe.steps_per_epoch:
+            self.game.start_average()
         if not self._begun and self.epoch >= max(recipe.warmup_epochs, recipe.calibration_epochs):
             self._begun = True
             self._begin_student()
@@ -423,6 +449,10 @@ def _fused(name: str, model: nn.Module) -> nn.Module:
     except InvalidInputError as error:
         warnings.warn(f"the {name} plays unfused, which takes longer: {error}", stacklevel=3)
         return model
+
+
+def _changes_quantizers(recipe: Recipe) -> bool:
+    return recipe.learn_steps or "mse" in (recipe.weight_range, recipe.act_range)
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -16,8 +16,8 @@ __all__ = ["Transform"]
 class Transform:
     """Low-pass, crop and flip of generated images, as a recipe asks for; differentiable, for the generator's gradient.
 
-    - ``low_pass``: convolution with a Gaussian of that deviation in pixels, edges repeated (the idea of SynQ, ICLR
-      2025: generators put energy into high frequencies that photographs lack).
+    - ``low_pass``: convolution with a Gaussian of that deviation in pixels, at the edges with what of it lies inside
+      (the idea of SynQ, ICLR 2025: generators put energy into high frequencies that photographs lack).
     - ``crop``: the image padded by that many zeros on every side, cropped back at a random place, a sample at a time.
     - ``flip``: left and right swapped with probability 1/2, a sample at a time.
 
@@ -29,6 +29,9 @@ class Transform:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._crop, self._flip = recipe.crop, recipe.flip
         self._kernel = _gaussian(recipe.low_pass, recipe.image_channels, device) if recipe.low_pass > 0 else None
+        if self._kernel is not None:
+            ones = torch.ones(1, recipe.image_channels, recipe.image_size, recipe.image_size, device=device)
+            self._inside = _blur(ones, self._kernel)  # padding by repetition has no deterministic gradient on CUDA
 
     @property
     def is_identity(self) -> bool:
@@ -38,18 +41,20 @@ class Transform:
     def __call__(self, images: Tensor, random: torch.Generator) -> Tensor:
         """Transform [B, C, H, W], with places and flips drawn from `random`, a generator on the images' device."""
         if self._kernel is not None:
-            pad = self._kernel.shape[2] // 2
-            kernel = self._kernel.to(images.dtype)
-            # Row by row, then column by column: the Gaussian is a product.
-            images = F.pad(images, (pad, pad, pad, pad), mode="replicate")
-            images = F.conv2d(images, kernel, groups=images.shape[1])
-            images = F.conv2d(images, kernel.transpose(2, 3), groups=images.shape[1])
+            images = _blur(images, self._kernel.to(images.dtype)) / self._inside.to(images.dtype)
         if self._crop:
             images = _crop(images, self._crop, random)
         if self._flip:
             swapped = torch.rand(len(images), 1, 1, 1, generator=random, device=images.device) < 0.5
             images = torch.where(swapped, images.flip(3), images)
         return images
+
+
+def _blur(images: Tensor, kernel: Tensor) -> Tensor:
+    """Column by column, then row by row: a Gaussian is a product."""
+    radius = kernel.shape[2] // 2
+    images = F.conv2d(images, kernel, padding=(radius, 0), groups=images.shape[1])
+    return F.conv2d(images, kernel.transpose(2, 3), padding=(0, radius), groups=images.shape[1])
 
 
 def _gaussian(deviation: float, channels: int, device: torch.device) -> Tensor:

@@ -75,7 +75,6 @@ STUDENT_BETAS = 0.9, 0.999
 SHARES = [k / 50 for k in range(50, 9, -1)]
 #: Generated batches on which an activation's is found.
 RANGE_BATCHES = 8
-SMALLEST_STEP = 1e-8
 
 
 class Unknown(Exception):
@@ -591,8 +590,10 @@ class OracleTraining:
             if now.trains_student:
                 self.optimizer.step(self.student, of_weights, now.lr_student)
             if self.adam_steps is not None:
-                self.adam_steps.step(self.student, of_steps, now.lr_steps)
-                self.student.update({k: self.student[k].clamp(min=SMALLEST_STEP) for k in of_steps})
+                # Adam moves the logarithm of a step, whose gradient is s dL/ds.
+                logarithms = {k: self.student[k].log() for k in of_steps}
+                self.adam_steps.step(logarithms, {k: g * self.student[k] for k, g in of_steps.items()}, now.lr_steps)
+                self.student.update({k: value.exp() for k, value in logarithms.items()})
             self.generator.update(statistics)
         values = {
             "images": images,

@@ -171,6 +171,14 @@ def test_the_default_recipe_takes_the_number_of_classes_from_the_model(teacher, 
     assert (recipe["name"], recipe["num_classes"], recipe["learn_steps"]) == ("adadfq_plus", 4, True)
 
 
+def test_other_classes_than_the_default_recipes_need_the_size_of_their_images(teacher, tmp_path):
+    short = [*TINY[2:8], "--epochs", 9, "--out", tmp_path / "out"]
+    assert "has 4 classes: say what images it takes" in fails("quantize", "resnet20", "--weights", teacher, *short)
+    text = fails("quantize", "resnet20", "--weights", teacher, "--recipe", "cifar10_resnet20", *short)
+    assert "4 classes" in text and "the recipe 10" in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_prints_a_table(result_directory, images):
     result = run("evaluate", result_directory, "--data", images, "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -117,20 +117,49 @@ def test_options_of_the_student_need_its_training_and_change_nothing_before() ->
         assert all(torch.equal(value, states[0][name]) for name, value in state.items())
 
 
-def test_learned_steps_move_and_stay_positive() -> None:
+def test_learned_steps_move_by_a_share_of_themselves() -> None:
     seen: list[list[torch.Tensor]] = []
 
     def keep(epoch: int, trainer: adadfq.Trainer) -> None:
         seen.append([step.detach().clone() for step in step_sizes(trainer.student)])
 
-    trainer = _trainer(keep, learn_steps=True, lr_steps=10.0)  # far too high: every step would go below 0
-    trainer.fit()
-    quantizers = 3 + len(activations(trainer.student))
-    assert [len(steps) for steps in seen] == [0, quantizers, quantizers]
-    assert all(bool((step > 0).all()) for steps in seen for step in steps)
-    assert any(not torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
+    trainer = _trainer(keep, learn_steps=True, lr_steps=0.5, epochs=2, steps_per_epoch=1)
+    small = trainer.student.get_submodule("conv1")
+    with torch.no_grad():
+        small.weight[0] *= 1e-2  # an absolute rate would carry its step far up, or below 0
+    begin = trainer._begin_student
+
+    def begin_and_keep() -> None:
+        begin()
+        keep(-1, trainer)
+
+    trainer._begin_student = begin_and_keep  # type: ignore[method-assign]
+    result = trainer.fit()
+    before, after = seen[1], seen[2]
+    assert len(before) == 3 + len(activations(result.student))
+    ratios = torch.cat([(b / a).flatten() for a, b in zip(before, after, strict=True)])
+    # Adam's first step is the rate, either way, wherever there is a gradient.
+    moved = torch.minimum((ratios.log() - 0.5).abs(), (ratios.log() + 0.5).abs()) < 1e-2
+    assert bool((moved | (ratios == 1)).all()) and int(moved.sum()) > len(ratios) // 2
     weights = trainer.optimizer_student.param_groups[0]["params"]
-    assert not {id(p) for p in weights} & {id(p) for p in trainer.game.step_sizes}
+    assert not {id(p) for p in weights} & {id(step) for step, _ in trainer.game.log_steps}
+
+
+def test_a_diverged_run_leaves_buffers() -> None:
+    trainer = _trainer(learn_steps=True, lr_student=1e30, student_optimizer="adam")
+    with pytest.raises(adadfq.AdadfqError, match="training diverged"):
+        trainer.fit()
+    assert not step_sizes(trainer.student)
+
+
+def test_an_empty_bank_is_refused() -> None:
+    with pytest.raises(adadfq.InvalidInputError, match="the bank is empty"):
+        _trainer(replays=1).replay()
+
+
+def test_ranges_that_move_to_the_end_leave_nothing_to_learn() -> None:
+    with pytest.warns(UserWarning, match="learn_steps, weight_range and act_range, which begin after, do nothing"):
+        _trainer(learn_steps=True, epochs=3, calibration_epochs=3)
 
 
 def test_replays_take_turns_with_steps_of_both_and_train_the_student_alone() -> None:
@@ -175,6 +204,10 @@ def test_a_replay_from_the_bank_runs_neither_teacher_nor_generator() -> None:
 def test_replays_without_a_bank_show_the_averaged_generators_images() -> None:
     trainer = _trainer(replays=1, bank_batches=0, generator_ema=0.75)
     assert trainer.game.averaged is not None
+    with torch.no_grad():
+        for p in trainer.generator.parameters():
+            p.add_(1.0)
+    trainer.game.start_average()
     leaders = [p.detach().clone() for p in trainer.generator.parameters()]
     followers = [p.detach().clone() for p in trainer.game.averaged.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(leaders, followers, strict=True))
@@ -265,6 +298,59 @@ def test_features_are_block_outputs(fuse: bool) -> None:
         torch.testing.assert_close(found, model(images))
         torch.testing.assert_close(features[0], expected)
         torch.testing.assert_close(features[1], model.bn3(model.conv3(expected)))
+
+
+class _Bottlenecks(nn.Module):
+    """A sum without activation, a BatchNorm without parameters, and SiLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(3):
+            setattr(self, f"conv{i}", nn.Conv2d(3, 3, 3, padding=1, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(3, affine=i != 1))
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn0(self.conv0(x)))
+        x = x + self.bn1(self.conv1(x))
+        x = nn.functional.silu(self.bn2(self.conv2(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_linear_bottlenecks_output_is_the_sum(fuse: bool) -> None:
+    torch.manual_seed(0)
+    model = _Bottlenecks().eval()
+    student = adadfq.quantize(model, 4, 4)
+    images = torch.randn(2, 3, 8, 8)
+    student(images)
+    set_calibrating(student, False)
+    teacher_taps, student_taps, names = with_features(model, student, fuse)
+    assert names == ["bn1"]
+    with torch.no_grad():
+        _, (found,) = teacher_taps(images)
+        expected = torch.relu(model.bn0(model.conv0(images)))
+        torch.testing.assert_close(found, expected + model.bn1(model.conv1(expected)))
+        logits, (found,) = student_taps(images)
+        torch.testing.assert_close(logits, student(images))
+        assert found.shape == expected.shape
+
+
+def test_features_that_cannot_be_had_are_refused_and_nothing_is_changed() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = toy_teacher()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) if x.sum() > -1e9 else x
+
+    teacher = Branching().eval()
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        student = adadfq.quantize(teacher, 3, 3).train()
+    with pytest.raises(adadfq.InvalidInputError, match="feature_weight=0"):
+        adadfq.Trainer(teacher, student, toy_recipe(feature_weight=1.0), progress=False)
+    assert student.training
 
 
 def test_networks_without_blocks_match_every_activation() -> None:

@@ -102,3 +102,18 @@ def test_weights_keep_the_range_they_have(method: str) -> None:
     quantizer = next(m for m in student.modules() if type(m) is adadfq.nn.QuantWeight)
     expected = functional.qparams(*weight.flatten(1).aminmax(dim=1), 3) if method == "minmax" else mse_range(weight, 3)
     torch.testing.assert_close(quantizer.weight_scale, expected[0])
+
+
+def test_an_activation_of_zeros_or_without_numbers_keeps_its_range() -> None:
+    student = adadfq.quantize(toy_teacher(), 3, 3).eval()
+    student(torch.randn(8, 3, 8, 8))
+    set_calibrating(student, False)
+    before = {name: act.running_max.clone() for name, act in activations(student).items()}
+    with torch.no_grad():
+        student.bn1.weight.zero_()
+        student.bn1.bias.zero_()
+    shrink_act_ranges(student, [torch.randn(8, 3, 8, 8)])
+    first = next(iter(before))
+    assert torch.equal(student.get_submodule(first).running_max, before[first])
+    shrink_act_ranges(student, [torch.full((8, 3, 8, 8), torch.nan)])
+    assert torch.equal(student.get_submodule(first).running_max, before[first])
