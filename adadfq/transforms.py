@@ -28,22 +28,19 @@ class Transform:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._crop, self._flip = recipe.crop, recipe.flip
-        self._kernel = _gaussian(recipe.low_pass, recipe.image_channels, device) if recipe.low_pass > 0 else None
+        self._blur = _gaussian(recipe.low_pass, recipe.image_size, device) if recipe.low_pass > 0 else None
 
     @property
     def is_identity(self) -> bool:
         """Whether images stay as they are."""
-        return self._kernel is None and not self._crop and not self._flip
+        return self._blur is None and not self._crop and not self._flip
 
     def __call__(self, images: Tensor, random: torch.Generator) -> Tensor:
         """Transform [B, C, H, W], with places and flips drawn from `random`, a generator on the images' device."""
-        if self._kernel is not None:
-            pad = self._kernel.shape[2] // 2
-            kernel = self._kernel.to(images.dtype)
+        if self._blur is not None:
             # Row by row, then column by column: the Gaussian is a product.
-            images = F.pad(images, (pad, pad, pad, pad), mode="replicate")
-            images = F.conv2d(images, kernel, groups=images.shape[1])
-            images = F.conv2d(images, kernel.transpose(2, 3), groups=images.shape[1])
+            blur = self._blur.to(images.dtype)
+            images = blur @ images @ blur.T
         if self._crop:
             images = _crop(images, self._crop, random)
         if self._flip:
@@ -52,12 +49,17 @@ class Transform:
         return images
 
 
-def _gaussian(deviation: float, channels: int, device: torch.device) -> Tensor:
-    """Kernel [channels, 1, 2 r + 1, 1], r three deviations, summing to 1 a channel."""
+def _gaussian(deviation: float, size: int, device: torch.device) -> Tensor:
+    """Matrix [size, size] that filters a column of pixels, cut off at three deviations; rows sum to 1.
+
+    A matrix, for the gradient of padding with repeated edges would sum in any order on a GPU.
+    """
     radius = math.ceil(3 * deviation)
-    places = torch.arange(-radius, radius + 1, dtype=torch.float32, device=device)
-    kernel = torch.exp(-0.5 * (places / deviation).square())
-    return (kernel / kernel.sum()).view(1, 1, -1, 1).repeat(channels, 1, 1, 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=device)
+    kernel = torch.exp(-0.5 * (offsets / deviation).square())
+    rows = torch.arange(size, device=device)
+    sources = (rows[:, None] + offsets.long()).clamp(0, size - 1)
+    return ((sources[:, :, None] == rows) * (kernel / kernel.sum())[:, None]).sum(1)
 
 
 def _crop(images: Tensor, margin: int, random: torch.Generator) -> Tensor:
