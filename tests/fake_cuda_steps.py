@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))  # which -m does not
 from toy import plus_settings, toy_recipe, toy_teacher
@@ -71,15 +72,36 @@ def _described(metrics: torch.Tensor, parameters: list[torch.nn.Parameter]) -> d
     }
 
 
-def _options_step(trainer: adadfq.Trainer) -> dict[str, Any]:
+class _Products(TorchDispatchMode):
+    """Collects the dtypes of matrix-vector products, which are the spectral norms'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mv.default:
+            self.dtypes.add(str(result.dtype))
+        return result
+
+
+def _option_steps(trainer: adadfq.Trainer) -> dict[str, Any]:
     """Two steps of both players, each followed by the replays that the recipe asks for."""
     game, replay = trainer.game, None
-    for _ in range(2):
-        metrics = trainer.play()
-        described = _described(metrics, game.generator_parameters + game.student_parameters)
-        for _ in range(trainer.recipe.replays):
-            replay = _described(trainer.replay(), game.student_parameters)
-    return {**described, "replay": replay, "learned steps": len(step_sizes(trainer.student))}
+    with _Products() as products:
+        for _ in range(2):
+            described = _described(trainer.play(), game.generator_parameters + game.student_parameters)
+            for _ in range(trainer.recipe.replays):
+                replay = _described(trainer.replay(), game.student_parameters)
+    kept = [] if game.bank is None else game.bank._kept
+    return {
+        **described,
+        "replay": replay,
+        "bank": sorted({str(tensor.device) for tensor in kept}),
+        "learned": len(step_sizes(trainer.student)),
+        "norms": sorted(products.dtypes),
+    }
 
 
 def _error(function: Callable[[torch.Tensor], Any]) -> str | None:
@@ -125,7 +147,7 @@ def main() -> None:
                 _begin(trainer)
                 with fake_cuda.mode():
                     fake_cuda.to_fake(trainer)
-                    print(json.dumps({"option": [name, fuse, precision], **_options_step(trainer)}))
+                    print(json.dumps({"option": [name, fuse, precision], **_option_steps(trainer)}))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,16 @@ def test_options_of_the_student_need_its_training_and_change_nothing_before() ->
         assert all(torch.equal(value, states[0][name]) for name, value in state.items())
 
 
+@pytest.mark.parametrize("name", ["weight_range", "act_range", "learn_steps"])
+def test_no_recorded_step_outlives_the_start_of_the_students_training(name: str) -> None:
+    trainer = _trainer(**OPTIONS[name])
+    trainer.play(False)
+    set_calibrating(trainer.student, False)
+    trainer._captured = {"step": (None, mock.Mock())}
+    trainer._begin_student()
+    assert not trainer._captured
+
+
 def test_learned_steps_move_and_stay_positive() -> None:
     seen: list[list[torch.Tensor]] = []
 
