@@ -42,9 +42,10 @@ def soft_targets(teacher_logits: Tensor, labels: Tensor, threshold: float) -> Te
         threshold: probability in 0..1.
     """
     probabilities = _compute(teacher_logits.detach()).softmax(1)
-    hard = F.one_hot(labels, probabilities.shape[1]).to(probabilities.dtype)
+    # Not F.one_hot, which on some devices reads back whether the labels fit.
+    hard = labels[:, None] == torch.arange(probabilities.shape[1], device=labels.device)
     difficult = probabilities.gather(1, labels[:, None]) < threshold
-    return torch.where(difficult, probabilities, hard)
+    return torch.where(difficult, probabilities, hard.to(probabilities.dtype))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from adadfq.bank import ImageBank
 from adadfq.errors import InvalidInputError
 from adadfq.extra_losses import cross_entropy, feature_loss, soft_targets
 from adadfq.fused_layers import BatchNormWatch
+from adadfq.ops.schema import compute_dtype
 from adadfq.recipe import Recipe
 from adadfq.transforms import Transform
 
@@ -278,8 +279,9 @@ class Game:
         if not soft:
             return loss
         targets = soft_targets(teacher, labels, recipe.soft_labels)
-        if teacher.dtype in (torch.bfloat16, torch.float16):
-            teacher, student = teacher.float(), student.float()
+        # Of unfused networks under autocast, sums of 16-bit logits would be rounded.
+        dtype = compute_dtype(teacher.dtype)
+        teacher, student = teacher.to(dtype), student.to(dtype)
         ds, as_ = cross_entropy(teacher - student, targets), cross_entropy(teacher + student, targets)
         total = loss.total + recipe.beta * (recipe.alpha_ds * ds + recipe.alpha_as * as_)
         return loss._replace(total=total, disagreement=ds.detach(), agreement=as_.detach())

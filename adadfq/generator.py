@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv_transpose2d, leaky_relu
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 
 from adadfq import checks, functional
 from adadfq.errors import InvalidInputError
@@ -179,6 +180,14 @@ class ConditionalGenerator(_Generator):
         return self._images(noise, labels)
 
 
+class _SpectralNorm(parametrizations._SpectralNorm):
+    """torch's; under autocast in float32 too, where CUDA's would round the products that find the norm."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
+
+
 def build_generator(recipe: Recipe) -> nn.Module:
     """The untrained generator that `recipe` names, on the CPU, initialised from torch's global random state."""
     classes = {"label_embedding": LabelEmbeddingGenerator, "conditional_bn": ConditionalGenerator}
@@ -187,5 +196,5 @@ def build_generator(recipe: Recipe) -> nn.Module:
     )
     if recipe.spectral_norm:
         for layer in (generator.project, generator.conv2, generator.conv3, generator.to_image):
-            spectral_norm(layer)
+            register_parametrization(layer, "weight", _SpectralNorm(layer.weight))
     return generator

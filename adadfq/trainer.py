@@ -222,7 +222,8 @@ class Trainer:
     def _lay_out(self) -> None:
         """Make the weights of plain convolutions channels_last."""
         self._strides = {}
-        for model in (self.teacher, self.student, self.generator):
+        averaged = () if self.game.averaged is None else (self.game.averaged,)
+        for model in (self.teacher, self.student, self.generator, *averaged):
             for module in model.modules():
                 if type(module) in (nn.Conv2d, QuantConv2d) and module.weight not in self._strides:
                     self._strides[module.weight] = module.weight.stride()
@@ -263,6 +264,7 @@ class Trainer:
             fix_weight_steps(self.student, recipe.weight_range, next(self._some_images()))
         if recipe.learn_steps:
             self._learn_steps()
+        self._captured = {}  # a recorded step would go on without the new ones
 
     def _learn_steps(self, logarithms: list[Tensor] | None = None) -> None:
         """Make the step sizes parameters, their logarithms those given or taken from them."""

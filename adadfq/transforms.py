@@ -16,8 +16,8 @@ __all__ = ["Transform"]
 class Transform:
     """Low-pass, crop and flip of generated images, as a recipe asks for; differentiable, for the generator's gradient.
 
-    - ``low_pass``: convolution with a Gaussian of that deviation in pixels, at the edges with what of it lies inside
-      (the idea of SynQ, ICLR 2025: generators put energy into high frequencies that photographs lack).
+    - ``low_pass``: convolution with a Gaussian of that deviation in pixels, edges repeated (the idea of SynQ, ICLR
+      2025: generators put energy into high frequencies that photographs lack).
     - ``crop``: the image padded by that many zeros on every side, cropped back at a random place, a sample at a time.
     - ``flip``: left and right swapped with probability 1/2, a sample at a time.
 
@@ -28,20 +28,19 @@ class Transform:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._crop, self._flip = recipe.crop, recipe.flip
-        self._kernel = _gaussian(recipe.low_pass, recipe.image_channels, device) if recipe.low_pass > 0 else None
-        if self._kernel is not None:
-            ones = torch.ones(1, recipe.image_channels, recipe.image_size, recipe.image_size, device=device)
-            self._inside = _blur(ones, self._kernel)  # padding by repetition has no deterministic gradient on CUDA
+        self._blur = _gaussian(recipe.low_pass, recipe.image_size, device) if recipe.low_pass > 0 else None
 
     @property
     def is_identity(self) -> bool:
         """Whether images stay as they are."""
-        return self._kernel is None and not self._crop and not self._flip
+        return self._blur is None and not self._crop and not self._flip
 
     def __call__(self, images: Tensor, random: torch.Generator) -> Tensor:
         """Transform [B, C, H, W], with places and flips drawn from `random`, a generator on the images' device."""
-        if self._kernel is not None:
-            images = _blur(images, self._kernel.to(images.dtype)) / self._inside.to(images.dtype)
+        if self._blur is not None:
+            # Row by row, then column by column: the Gaussian is a product.
+            blur = self._blur.to(images.dtype)
+            images = blur @ images @ blur.T
         if self._crop:
             images = _crop(images, self._crop, random)
         if self._flip:
@@ -50,19 +49,17 @@ class Transform:
         return images
 
 
-def _blur(images: Tensor, kernel: Tensor) -> Tensor:
-    """Column by column, then row by row: a Gaussian is a product."""
-    radius = kernel.shape[2] // 2
-    images = F.conv2d(images, kernel, padding=(radius, 0), groups=images.shape[1])
-    return F.conv2d(images, kernel.transpose(2, 3), padding=(0, radius), groups=images.shape[1])
+def _gaussian(deviation: float, size: int, device: torch.device) -> Tensor:
+    """Matrix [size, size] that filters a column of pixels, cut off at three deviations; rows sum to 1.
 
-
-def _gaussian(deviation: float, channels: int, device: torch.device) -> Tensor:
-    """Kernel [channels, 1, 2 r + 1, 1], r three deviations, summing to 1 a channel."""
+    A matrix, for the gradient of padding with repeated edges would sum in any order on a GPU.
+    """
     radius = math.ceil(3 * deviation)
-    places = torch.arange(-radius, radius + 1, dtype=torch.float32, device=device)
-    kernel = torch.exp(-0.5 * (places / deviation).square())
-    return (kernel / kernel.sum()).view(1, 1, -1, 1).repeat(channels, 1, 1, 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=device)
+    kernel = torch.exp(-0.5 * (offsets / deviation).square())
+    rows = torch.arange(size, device=device)
+    sources = (rows[:, None] + offsets.long()).clamp(0, size - 1)
+    return ((sources[:, :, None] == rows) * (kernel / kernel.sum())[:, None]).sum(1)
 
 
 def _crop(images: Tensor, margin: int, random: torch.Generator) -> Tensor:

@@ -24,13 +24,17 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
 };
 
+// Fake tensors draw no numbers: of a generator only its device is asked.
+struct Random : at::CPUGeneratorImpl {
+  Random() { device_ = c10::Device(c10::DeviceType::CUDA, 0); }
+};
+
 struct Hooks : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
   bool isBuilt() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
-  // Fake tensors draw no numbers.
   at::Generator getNewGenerator(c10::DeviceIndex) const override {
-    return at::detail::createCPUGenerator();
+    return at::make_generator<Random>();
   }
 };
 

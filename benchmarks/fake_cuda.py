@@ -116,7 +116,7 @@ def _device_mode() -> Any:
     #: They only write to their arguments, and nobody has told torch that they need no device for that.
     written = {
         getattr(packet, overload)
-        for packet in (aten._fused_adam_, aten._fused_sgd_)
+        for packet in (aten._fused_adam_, aten._fused_adamw_, aten._fused_sgd_)
         for overload in ("default", "tensor_lr")
     }
 
@@ -172,23 +172,28 @@ def replace_tensors(*networks: nn.Module) -> dict[Any, Any]:
 def to_fake(trainer: Trainer) -> None:
     """Make of `trainer`, which has played no step, one on the device, in place; in :func:`mode`.
 
-    Networks, optimizers and random state are what a trainer made on a GPU has; nothing is captured.
+    Networks, optimizers and random state are what a trainer made on a GPU has; nothing is captured. Steps that the
+    student learns must be there already.
     """
     import torch
 
     game = trainer.game
-    made = replace_tensors(trainer.teacher, trainer.student, trainer.generator, game.teacher, game.student)
+    averaged = () if game.averaged is None else (game.averaged,)
+    networks = (trainer.teacher, trainer.student, trainer.generator, game.teacher, game.student, *averaged)
+    made = replace_tensors(*networks)
     trainer.device, trainer.capture = torch.device("cuda"), False
     trainer.random = torch.Generator("cuda")
     optimizers = (trainer.optimizer_generator, trainer.optimizer_student)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
+    for optimizer in (*optimizers, trainer.optimizer_steps):
+        for group in () if optimizer is None else optimizer.param_groups:
             # Not by the optimizers' constructors, which look at the rate.
             group["params"] = [made[parameter] for parameter in group["params"]]
             group["lr"] = _fake_like(group["lr"])
             if "capturable" in group:
                 group["capturable"] = True
-    trainer.game = type(game)(game.teacher, game.student, trainer.generator, trainer.recipe, *optimizers)
+    trainer.game = type(game)(game.teacher, game.student, trainer.generator, trainer.recipe, *optimizers, *averaged)
+    if trainer.optimizer_steps is not None:
+        trainer.game.learn_steps(trainer.optimizer_steps)
 
 
 def _fake_like(tensor: Any) -> Any:

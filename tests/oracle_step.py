@@ -325,7 +325,7 @@ def bottleneck_net(net: Teacher, x: Tensor) -> Tensor:
     x = net.act(net.batch_norm(net.conv(x, "stem", stride=2), "bn1"), "relu6")
     y = net.act(net.batch_norm(net.conv(x, "expand"), "bn2"), "relu6")
     y = net.act(net.batch_norm(net.conv(y, "depthwise", groups=y.shape[1]), "bn3"), "relu6")
-    x = x + net.block_end(net.batch_norm(net.conv(y, "project"), "bn4"))
+    x = net.block_end(x + net.batch_norm(net.conv(y, "project"), "bn4"))
     x = net.act(net.batch_norm(net.conv(x, "head"), "bn5"), "relu6")
     return net.linear(x.flatten(1), "linear")
 

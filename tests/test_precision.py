@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import toy_recipe, toy_teacher
+from toy import plus_settings, toy_recipe, toy_teacher
 
 import adadfq
 from adadfq import functional as F
@@ -56,9 +58,10 @@ class _Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _trainer(**settings: object) -> adadfq.Trainer:
+def _trainer(fuse: bool = True, **settings: object) -> adadfq.Trainer:
     teacher = toy_teacher()
-    return adadfq.Trainer(teacher, adadfq.quantize(teacher, 4, 4), toy_recipe(**settings), progress=False)
+    student = adadfq.quantize(teacher, 4, 4)
+    return adadfq.Trainer(teacher, student, toy_recipe(**settings), fuse=fuse, progress=False)
 
 
 @pytest.mark.parametrize("generator", ["label_embedding", "conditional_bn"])
@@ -103,6 +106,31 @@ def test_a_bfloat16_step_is_near_float32s() -> None:
     for got, want in zip(gradients16, gradients, strict=True):
         assert torch.nn.functional.cosine_similarity(got, want, dim=0) > 0.97
         assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_adadfq_plus_in_bfloat16_is_near_float32s(fuse: bool) -> None:
+    """A run with the recipe's settings, from warm-up over the preparation of the quantisers to learned steps."""
+    runs = []
+    for precision in ("float32", "bfloat16"):
+        settings = {**plus_settings(), "batch_size": 64, "lambda_l": 0.0, "lambda_u": 1.0}
+        trainer = _trainer(fuse=fuse, precision=precision, **settings)
+        with _Convolutions() as seen:
+            result = trainer.fit()
+        assert (torch.bfloat16 in seen.dtypes) == (precision == "bfloat16")
+        assert all(step.dtype == torch.float32 for step in trainer.game.step_sizes) and trainer.game.step_sizes
+        runs.append((trainer.epoch_metrics, result.student.state_dict()))
+    (epochs, student), (epochs16, student16) = runs
+    for found, expected in zip(epochs16, epochs, strict=True):
+        for name in expected:
+            if name.startswith("loss"):
+                assert math.isfinite(found[name])
+                assert found[name] == pytest.approx(expected[name], rel=0.05, abs=0.02), name
+    # Of a layer's steps, the ranges they start from differ by a share or two of those tried.
+    for key, value in student.items():
+        if key.endswith("scale"):
+            assert float((student16[key] - value).norm()) < 0.05 * float(value.norm()), key
+    assert any(not torch.equal(student16[key], value) for key, value in student.items())
 
 
 def test_the_precision_is_one_of_two() -> None:

@@ -13,6 +13,7 @@ from os import environ
 from typing import Any
 
 import pytest
+from fake_cuda_steps import OPTIONS
 
 from adadfq.game import METRICS
 from benchmarks import fake_cuda
@@ -40,6 +41,22 @@ def test_a_step_reads_nothing_back(
     (found,) = [line for line in lines if line.get("case") == [fuse, precision, generator, *PHASES[phase]]]
     assert found["metrics"] == ["cuda:0", "torch.float32", len(METRICS)]
     assert found["gradients"] == ["cuda:0"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_step_with_options_reads_nothing_back(
+    lines: list[dict[str, Any]], name: str, fuse: bool, precision: str
+) -> None:
+    (found,) = [line for line in lines if line.get("option") == [name, fuse, precision]]
+    settings = OPTIONS[name]
+    described = {"metrics": ["cuda:0", "torch.float32", len(METRICS)], "gradients": ["cuda:0"], "without gradient": 0}
+    assert {key: found[key] for key in described} == described
+    assert found["replay"] == (described if settings.get("replays") else None)
+    assert found["bank"] == (["cuda:0"] if settings.get("replays") and settings["bank_batches"] else [])
+    assert (found["learned"] > 0) == settings.get("learn_steps", False)
+    assert found["norms"] == (["torch.float32"] if settings.get("spectral_norm") else [])
 
 
 @pytest.mark.parametrize(

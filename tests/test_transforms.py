@@ -25,20 +25,18 @@ def test_nothing_asked_is_the_identity() -> None:
 
 
 def _low_pass(images: Tensor, deviation: float) -> Tensor:
-    """Pixel by pixel: the average of the pixels around, weighted by their distance."""
+    """Pixel by pixel, with edges repeated."""
     radius = math.ceil(3 * deviation)
     weights = {d: math.exp(-0.5 * (d / deviation) ** 2) for d in range(-radius, radius + 1)}
+    total = sum(weights.values())
     size = images.shape[-1]
     result = torch.zeros_like(images, dtype=torch.float64)
     for y in range(size):
         for x in range(size):
-            total = 0.0
             for dy, wy in weights.items():
                 for dx, wx in weights.items():
-                    if 0 <= y + dy < size and 0 <= x + dx < size:
-                        total += wy * wx
-                        result[..., y, x] += wy * wx * images[..., y + dy, x + dx].double()
-            result[..., y, x] /= total
+                    row, column = min(max(y + dy, 0), size - 1), min(max(x + dx, 0), size - 1)
+                    result[..., y, x] += wy * wx / total**2 * images[..., row, column].double()
     return result
 
 

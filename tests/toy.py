@@ -52,3 +52,10 @@ def toy_recipe(**overrides: object) -> Recipe:
         "lr_student": 1e-2,
     }
     return Recipe(**{**settings, **overrides})
+
+
+def plus_settings() -> dict[str, object]:
+    """What recipe adadfq_plus changes of the method, without the length of its run."""
+    lengths = ("name", "source", "epochs", "warmup_epochs", "calibration_epochs", "by_weight_bits")
+    base, plus = Recipe().to_dict(), Recipe.named("adadfq_plus").to_dict()
+    return {name: value for name, value in plus.items() if value != base[name] and name not in lengths}
