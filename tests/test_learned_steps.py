@@ -572,10 +572,10 @@ def test_none_calibrates_where_one_has_learned() -> None:
 
 def test_the_state_of_a_range_that_moves_ends_learning() -> None:
     act, moving = _frozen_act(0.0, 1.0).learn_step(), QuantAct(4)
-    moving(torch.tensor([0.0, 2.0]))
-    act.load_state_dict(moving.state_dict())
+    moving(torch.tensor([1.0, 2.0]))  # not what its codes span, which is from 0
+    act.load_state_dict({**moving.state_dict(), "scale": torch.tensor(0.3)})
     assert not isinstance(act.scale, nn.Parameter) and act._calibrating
-    assert (act.running_min.item(), act.running_max.item()) == (0.0, 2.0)
+    assert (act.running_min.item(), act.running_max.item()) == (1.0, 2.0)
     act(torch.tensor([0.0, 4.0]))
     assert act.num_batches.item() == 2
 
