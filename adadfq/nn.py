@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adadfq import checks, functional
 from adadfq.errors import InvalidInputError
 from adadfq.ops import reference
-from adadfq.weight_step import WeightStep, keeping_dtype, make_learned, rescaled_step
+from adadfq.weight_step import WeightStep, keeping_dtype, make_learned, range_of_step, rescaled_step
 
 __all__ = [
     "QuantAct",
@@ -27,6 +27,7 @@ __all__ = [
     "QuantWeight",
     "activations",
     "frozen_ranges",
+    "has_step",
     "set_calibrating",
     "step_sizes",
 ]
@@ -51,7 +52,8 @@ class QuantConv2d(WeightStep, nn.Conv2d):
         weight_bits: width of the weight's codes, 2..8. All other arguments are those of :class:`torch.nn.Conv2d`.
 
     Shape: input [N, C_in, H, W] or [C_in, H, W], as :class:`torch.nn.Conv2d`. The gradient reaches the float weight
-    unchanged (straight-through estimator).
+    unchanged (straight-through estimator); with a learned step (:mod:`adadfq.weight_step`) it is clipped to the range:
+    0 for weights outside of it.
 
     Raises:
         InvalidInputError: `weight_bits` outside 2..8.
@@ -96,7 +98,9 @@ class QuantLinear(WeightStep, nn.Linear):
     Args:
         weight_bits: width of the weight's codes, 2..8. All other arguments are those of :class:`torch.nn.Linear`.
 
-    Shape: input [..., in_features], as :class:`torch.nn.Linear`.
+    Shape: input [..., in_features], as :class:`torch.nn.Linear`. The gradient reaches the float weight unchanged
+    (straight-through estimator); with a learned step (:mod:`adadfq.weight_step`) it is clipped to the range: 0 for
+    weights outside of it.
 
     Raises:
         InvalidInputError: `weight_bits` outside 2..8.
@@ -146,6 +150,11 @@ class QuantAct(nn.Module):
     those weights, so that it is unbiased from the first batch on. Once frozen the range stands still. The state,
     including whether it is frozen, is in buffers of fixed shape (all scalars, kept in float32 whatever the model is
     cast to): running_min, running_max, num_batches, scale, zero_point, calibrating.
+
+    The range of a frozen one and its step agree in every state_dict: while a step is learned, the range saved is what
+    its codes span. Where one that is loaded has a step and a range that disagree (saved while the step was learned, by
+    a version that kept the old range) the range is taken from the step; where the step is that of the range at another
+    width, it is replaced by that of this width.
 
     Args:
         act_bits: width of the codes, 2..8.
@@ -211,15 +220,25 @@ class QuantAct(nn.Module):
 
         The parameter is a new one, float32 whatever the model is cast to: make optimizers, and record graphs,
         afterwards. Nothing keeps it positive. A state_dict loads whichever of the two it is; one of a range that moves
-        makes it a buffer.
+        makes it a buffer. What was learned stays: the range of the buffer is what its codes span.
 
         Raises:
             InvalidInputError: the range moves still; :meth:`freeze` it first.
         """
         if enabled and self._calibrating:
             raise InvalidInputError("QuantAct cannot learn its step while its range moves: call freeze() first")
+        if not enabled:
+            self._take_learned_range()
         make_learned(self, "scale", bool(enabled))
         return self
+
+    @torch.no_grad()
+    def _take_learned_range(self) -> None:
+        """Make the range what the codes of a learned step span, which until then it is not."""
+        if isinstance(self.scale, nn.Parameter):
+            lo, hi = range_of_step(self.scale, self.zero_point, self.act_bits)
+            self.running_min.copy_(lo)
+            self.running_max.copy_(hi)
 
     def freeze(self) -> QuantAct:
         """Stop moving the range. Waits for the device once.
@@ -247,14 +266,21 @@ class QuantAct(nn.Module):
 
     @torch.no_grad()
     def set_bits(self, act_bits: int) -> None:
-        """Change the width; the range stays: of a learned step that which its codes span."""
+        """Change the width; the range stays, and the same width changes nothing.
+
+        Of a step being learned it is the range that its codes span, up to rounding of the zero point: its ends move by
+        half a new step at most.
+
+        Raises:
+            InvalidInputError: `act_bits` outside 2..8.
+        """
         before, self.act_bits = self.act_bits, checks.check_bits("act_bits", act_bits)
-        if not isinstance(self.scale, nn.Parameter):
-            scale, zero_point = functional.qparams(self.running_min, self.running_max, act_bits)
-        elif act_bits != before:
+        if act_bits == before:
+            return
+        if isinstance(self.scale, nn.Parameter):
             scale, zero_point = rescaled_step(self.scale, self.zero_point, before, act_bits)
         else:
-            return
+            scale, zero_point = functional.qparams(self.running_min, self.running_max, act_bits)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
@@ -282,17 +308,49 @@ class QuantAct(nn.Module):
         # Casting a model to half precision must not round its ranges: move them, keep their dtype.
         return super()._apply(keeping_dtype(fn, [*self._buffers.values(), *self._parameters.values()]), recurse)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._take_learned_range()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _in_agreement(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """`state_dict` with a range and a step of this module that agree, where it has both and they stand still."""
+        keys = [prefix + name for name in ("running_min", "running_max", "scale", "zero_point", "calibrating")]
+        found = [state_dict.get(key) for key in keys]
+        if not all(isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta for value in found):
+            return state_dict
+        dtypes = (torch.float32, torch.float32, torch.float32, torch.int32, torch.bool)
+        lo, hi, scale, zero_point, calibrating = (
+            value.detach().to("cpu", dtype).reshape(()) for value, dtype in zip(found, dtypes, strict=True)
+        )
+        if calibrating or _is_step_of(scale, zero_point, lo, hi, self.act_bits):
+            return state_dict
+        if any(_is_step_of(scale, zero_point, lo, hi, bits) for bits in range(2, 9)):
+            scale, zero_point = functional.qparams(lo, hi, self.act_bits)
+        else:
+            lo, hi = range_of_step(scale, zero_point, self.act_bits)
+        agreeing = {
+            key: value.to(old.device, old.dtype).reshape(old.shape)
+            for key, value, old in zip(keys, (lo, hi, scale, zero_point), found, strict=False)
+        }
+        return {**state_dict, **agreeing}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(self._in_agreement(state_dict, prefix), prefix, *args, **kwargs)
         if self.calibrating.device.type != "meta":
             self._calibrating = bool(self.calibrating)
             if self._calibrating:
-                self.learn_step(False)
+                make_learned(self, "scale", False)  # not by learn_step: the range that was loaded stays
 
     def extra_repr(self) -> str:
         return f"act_bits={self.act_bits}, momentum={self.momentum}, calibrating={self._calibrating}" + (
             ", step=learned" if isinstance(self.scale, nn.Parameter) else ""
         )
+
+
+def _is_step_of(scale: Tensor, zero_point: Tensor, lo: Tensor, hi: Tensor, bits: int) -> bool:
+    """Whether the range lo..hi has that step at that width, up to rounding."""
+    expected, code = functional.qparams(lo, hi, bits)
+    return torch.equal(code, zero_point) and torch.allclose(scale, expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
 def activations(model: nn.Module) -> dict[str, QuantAct]:
@@ -336,6 +394,20 @@ def step_sizes(model: nn.Module) -> list[nn.Parameter]:
         if isinstance(module, (QuantAct, WeightStep))
     ]
     return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+
+def has_step(model: nn.Module) -> list[str]:
+    """Names of what in `model` keeps a step that training gave it, or trains it.
+
+    Layers, and :class:`QuantWeight`, with a step of their own, given or learned (:mod:`adadfq.weight_step`), and every
+    :class:`QuantAct` whose step is being learned; a module that stands in several places under each of its names.
+    """
+    return [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (isinstance(module, WeightStep) and module.weight_scale is not None)
+        or (isinstance(module, QuantAct) and isinstance(module.scale, nn.Parameter))
+    ]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adadfq import checks, functional
 from adadfq.errors import InvalidInputError
 
-__all__ = ["WeightStep", "keeping_dtype", "make_learned"]
+__all__ = ["WeightStep", "keeping_dtype", "make_learned", "range_of_step", "rescaled_step"]
 
 _SCALE, _ZERO_POINT = "weight_scale", "weight_zero_point"
 _Self = TypeVar("_Self", bound="WeightStep")
@@ -49,7 +49,9 @@ class WeightStep(nn.Module):
     forward, and the state_dict knows nothing of it. :meth:`fix_step` gives `weight_scale` (float32 [C_out], whatever
     the layer is cast to) and `weight_zero_point` (int32 [C_out]), both in the state_dict; :meth:`learn_step` makes
     `weight_scale` a parameter of the same name. A state_dict with a step loads into a layer without one, which then has
-    it, as buffers; one without does not fit a layer that has one.
+    it, as buffers; one without does not fit a layer that has one. Scales that are not positive and finite, and zero
+    points that are no codes of this width, are refused, and leave the layer without a step. The state_dict does not
+    name its width: a step of fewer bits loads into a wider layer unseen, so set the width it was saved with first.
     """
 
     weight_bits: int
@@ -79,7 +81,8 @@ class WeightStep(nn.Module):
             zero_point: code of 0 of each channel, an integer tensor [C_out] in 0..2^weight_bits - 1.
 
         Raises:
-            InvalidInputError: a shape, dtype or value does not fit; nothing is changed.
+            InvalidInputError: a shape, dtype or value does not fit, or the layer's weight or a value is on the meta
+                device; nothing is changed.
         """
         checks.check_floating("scale", scale)
         if not isinstance(zero_point, Tensor) or zero_point.is_floating_point() or zero_point.dtype == torch.bool:
@@ -91,12 +94,16 @@ class WeightStep(nn.Module):
                 raise InvalidInputError(
                     f"{name} must have shape {expected or '[C_out]'}, one element a channel, got {list(values.shape)}"
                 )
-        scale = scale.detach().to(torch.float32)
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise InvalidInputError("scale must be positive and finite in float32 for every channel")
-        if not bool(((zero_point >= 0) & (zero_point <= 2**self.weight_bits - 1)).all()):
-            raise InvalidInputError(f"zero_point must be in 0..{2**self.weight_bits - 1} for every channel")
         weight = getattr(self, "weight", None)
+        for name, values in (("weight", weight), ("scale", scale), ("zero_point", zero_point)):
+            if values is not None and values.is_meta:
+                raise InvalidInputError(
+                    f"{name} must hold values, but is on the meta device: give {type(self).__name__} its weight and "
+                    "real tensors before fix_step"
+                )
+        scale = scale.detach().to(torch.float32)
+        if wrong := _wrong_values(scale, zero_point, self.weight_bits):
+            raise InvalidInputError(wrong)
         device = scale.device if weight is None else weight.device
         self.forget_step()
         self.register_buffer(_SCALE, scale.to(device, copy=True).contiguous())
@@ -127,7 +134,9 @@ class WeightStep(nn.Module):
 
     @torch.no_grad()
     def set_bits(self, weight_bits: int) -> None:
-        """Change the width; a step, learned or not, is changed with it, so that the range of its codes stays.
+        """Change the width; a step, learned or not, is changed with it.
+
+        The range of its codes stays up to rounding of the zero point: its ends move by half a new step at most.
 
         Raises:
             InvalidInputError: `weight_bits` outside 2..8.
@@ -175,9 +184,14 @@ class WeightStep(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # What was not filled must not quantise.
+        # What was not filled must not quantise, nor what is no step.
         if expected and (len(error_msgs) > errors or not whole):
             self.forget_step()
+        elif prefix + _SCALE in state_dict and self.weight_scale is not None and self.weight_zero_point is not None:
+            wrong = _wrong_values(self.weight_scale, self.weight_zero_point, self.weight_bits)
+            if wrong:
+                error_msgs.append(f"{prefix}{_SCALE} and {prefix}{_ZERO_POINT} are no step: {wrong}")
+                self.forget_step()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightStep:
         return super()._apply(keeping_dtype(fn, [self.weight_scale]), recurse)
@@ -190,7 +204,23 @@ class WeightStep(nn.Module):
         return f"{described}{', ' if described else ''}weight_bits={self.weight_bits}{step}"
 
 
+def _wrong_values(scale: Tensor, zero_point: Tensor, bits: int) -> str:
+    """What keeps these from being a step; "" if nothing, or on the meta device. Waits for the device."""
+    if scale.is_meta or zero_point.is_meta:
+        return ""
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        return "scale must be positive and finite in float32 for every channel"
+    if not bool(((zero_point >= 0) & (zero_point <= 2**bits - 1)).all()):
+        return f"zero_point must be in 0..{2**bits - 1} for every channel"
+    return ""
+
+
+def range_of_step(scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Both ends of what the codes of a quantiser span, without a gradient."""
+    scale = scale.detach()
+    return -zero_point * scale, (2**bits - 1 - zero_point) * scale
+
+
 def rescaled_step(scale: Tensor, zero_point: Tensor, bits: int, new_bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point at another width over the range that the codes of a quantiser span."""
-    lo, hi = -zero_point * scale, (2**bits - 1 - zero_point) * scale
-    return functional.qparams(lo.detach(), hi.detach(), new_bits)
+    return functional.qparams(*range_of_step(scale, zero_point, bits), new_bits)

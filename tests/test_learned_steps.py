@@ -19,7 +19,17 @@ from adadfq.checkpoint import load_weights
 from adadfq.convert import module_bits, set_module_bits
 from adadfq.errors import CheckpointError
 from adadfq.fused_layers import batch_norm_act_quantize, fold_batch_norms, quantize_weights
-from adadfq.nn import QuantAct, QuantConv2d, QuantLinear, QuantWeight, frozen_ranges, set_calibrating, step_sizes
+from adadfq.nn import (
+    QuantAct,
+    QuantConv2d,
+    QuantLinear,
+    QuantWeight,
+    activations,
+    frozen_ranges,
+    has_step,
+    set_calibrating,
+    step_sizes,
+)
 from adadfq.result import Result, load, save_result
 from adadfq.weight_step import WeightStep
 
@@ -452,6 +462,72 @@ def test_another_width_keeps_the_range_of_the_step() -> None:
         layer.set_bits(9)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_a_width_that_does_not_divide_moves_the_range_by_half_a_step_at_most(bits: int) -> None:
+    layer = _fix(_layers()[0]).learn_step()
+    scale, zero_point = layer.weight_scale.detach().double(), layer.weight_zero_point.clone()
+    layer.set_bits(bits)
+    step, zeros, levels = layer.weight_scale.detach().double(), layer.weight_zero_point, 2**bits - 1
+    torch.testing.assert_close(step * levels, scale * 7, rtol=1e-6, atol=0)
+    moved = (zero_point * scale - zeros * step).abs() / step
+    assert bool((moved <= 0.5 + 1e-5).all()) and bool((moved > 0.01).any())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("target", ["without", "fixed", "learned"])
+@pytest.mark.parametrize(
+    "name,value,message",
+    [
+        ("weight_scale", 0.0, "scale must be positive and finite"),
+        ("weight_scale", -0.1, "scale must be positive and finite"),
+        ("weight_scale", math.nan, "scale must be positive and finite"),
+        ("weight_scale", math.inf, "scale must be positive and finite"),
+        ("weight_zero_point", -1, r"zero_point must be in 0\.\.7"),
+        ("weight_zero_point", 8, r"zero_point must be in 0\.\.7"),
+    ],
+)
+def test_what_is_no_step_does_not_load(target: str, name: str, value: float, message: str, assign: bool) -> None:
+    source = _fix(_layers()[0])
+    state = {key: entry.clone() for key, entry in source.state_dict(prefix="0.").items()}
+    state[f"0.{name}"][3] = value
+    layer = _layers()[0] if target == "without" else _fix(_layers()[0])
+    if target == "learned":
+        layer.learn_step()
+    with pytest.raises(RuntimeError, match=rf"0\.weight_scale and 0\.weight_zero_point are no step: {message}"):
+        nn.Sequential(layer).load_state_dict(state, assign=assign)
+    assert layer.weight_scale is None and layer.weight_zero_point is None and step_sizes(layer) == []
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(nn.Sequential(layer), state, "a test")
+    nn.Sequential(layer).load_state_dict(source.state_dict(prefix="0."), assign=assign)
+    assert torch.equal(layer.weight_scale, source.weight_scale)
+
+
+def test_a_layer_without_values_is_given_no_step() -> None:
+    ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int32)
+    for layer, scale, zero_point, name in (
+        (QuantLinear(4, 3, device="meta"), ones, zeros, "weight"),
+        (QuantLinear(4, 3), ones.to("meta"), zeros, "scale"),
+        (QuantWeight(4), ones, zeros.to("meta"), "zero_point"),
+    ):
+        with pytest.raises(adadfq.InvalidInputError, match=f"^{name} must hold values, but is on the meta device"):
+            layer.fix_step(scale, zero_point)
+        assert layer.weight_scale is None
+
+
+def test_names_of_what_has_a_step() -> None:
+    model = nn.Sequential(_layers()[0], _layers()[1], nn.Sequential(_frozen_act(0.0, 1.0)), QuantWeight(3))
+    assert has_step(model) == []
+    _fix(model[1])
+    assert has_step(model) == ["1"]
+    model[2][0].learn_step()
+    _fix(model[3], _randn(2, 3)).learn_step()
+    model.append(model[1])
+    assert has_step(model) == ["1", "2.0", "3", "4"]
+    model[2][0].learn_step(False)
+    model[1].forget_step()
+    assert has_step(model) == ["3"] and has_step(model[3]) == [""]
+
+
 def _frozen_act(*values: float) -> QuantAct:
     act = QuantAct(4)
     act(torch.tensor(values))
@@ -496,9 +572,10 @@ def test_none_calibrates_where_one_has_learned() -> None:
 
 def test_the_state_of_a_range_that_moves_ends_learning() -> None:
     act, moving = _frozen_act(0.0, 1.0).learn_step(), QuantAct(4)
-    moving(torch.tensor([0.0, 2.0]))
-    act.load_state_dict(moving.state_dict())
+    moving(torch.tensor([1.0, 2.0]))  # not what its codes span, which is from 0
+    act.load_state_dict({**moving.state_dict(), "scale": torch.tensor(0.3)})
     assert not isinstance(act.scale, nn.Parameter) and act._calibrating
+    assert (act.running_min.item(), act.running_max.item()) == (1.0, 2.0)
     act(torch.tensor([0.0, 4.0]))
     assert act.num_batches.item() == 2
 
@@ -517,8 +594,102 @@ def test_another_width_of_a_learned_activation() -> None:
             act.scale.copy_(scale := _randn(1, seed=seed)[0].abs())
         act.set_bits(8)
         assert torch.equal(act.scale, scale)
-    act.learn_step(False).set_bits(4)
-    torch.testing.assert_close(act.scale, torch.tensor(5.0 / 15))
+    with pytest.raises(adadfq.InvalidInputError, match=r"act_bits must be 2\.\.8, got 9"):
+        act.set_bits(9)
+    assert act.act_bits == 8
+
+
+def test_the_range_of_a_learned_activation_is_what_it_learned() -> None:
+    act = _frozen_act(-1.0, 4.0).learn_step()
+    with torch.no_grad():
+        act.scale.mul_(0.37)
+    scale, zero_point = act.scale.detach().clone(), act.zero_point.clone()
+    ends = -zero_point * scale, (15 - zero_point) * scale
+    act.learn_step(False)
+    assert torch.equal(act.running_min, ends[0]) and torch.equal(act.running_max, ends[1])
+    act.set_bits(4)
+    assert torch.equal(act.scale, scale) and torch.equal(act.zero_point, zero_point)
+    act.set_bits(8)
+    torch.testing.assert_close(act.scale, scale / 17)
+    assert torch.equal(act.zero_point, zero_point * 17)
+    act.set_bits(4)
+    torch.testing.assert_close(act.scale, scale)
+    act.shrink_range(torch.tensor(0.5))
+    torch.testing.assert_close(act.scale, scale / 2)
+    act.set_calibrating(True)
+    act(torch.tensor([0.0, 0.0]))
+    assert act.num_batches == 2 and bool((act.running_max < ends[1]).all())
+    # A range that never learned is left alone.
+    plain = _frozen_act(-1.0, 4.0)
+    state = copy.deepcopy(plain.state_dict())
+    plain.learn_step(False).set_bits(4)
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("target", ["calibrating", "frozen", "learned"])
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_saved_while_learning_has_the_range_that_was_learned(target: str, stale: bool, assign: bool) -> None:
+    source = _frozen_act(-1.0, 4.0)
+    old = source.running_min.clone(), source.running_max.clone()
+    source.learn_step()
+    with torch.no_grad():
+        source.scale.mul_(0.37)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    ends = -source.zero_point * source.scale.detach(), (15 - source.zero_point) * source.scale.detach()
+    assert torch.equal(state["running_min"], ends[0]) and torch.equal(state["running_max"], ends[1])
+    if stale:
+        state["running_min"], state["running_max"] = (end.clone() for end in old)
+    kept = {name: value.clone() for name, value in state.items()}
+    act = QuantAct(4) if target == "calibrating" else _frozen_act(0.0, 9.0)
+    if target == "learned":
+        act.learn_step()
+    buffer = act.running_max
+    act.load_state_dict(state, assign=assign)
+    assert all(torch.equal(value, kept[name]) for name, value in state.items()), "what is loaded is not changed"
+    assert torch.equal(act.running_min, ends[0]) and torch.equal(act.running_max, ends[1])
+    assert torch.equal(act.scale, source.scale) and (act.running_max is buffer) != assign
+    act.set_bits(8)
+    torch.testing.assert_close(act.scale.detach(), source.scale.detach() / 17)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_the_state_of_another_width_keeps_its_range(bits: int, learned: bool) -> None:
+    source = _frozen_act(-1.3, 4.0)
+    source.set_bits(bits)
+    if learned:
+        source.learn_step()
+        with torch.no_grad():
+            source.scale.mul_(0.37)
+    act = QuantAct(4)
+    act.load_state_dict(source.state_dict())
+    assert torch.equal(act.running_min, source.running_min) and torch.equal(act.running_max, source.running_max)
+    if bits == 4:
+        assert torch.equal(act.scale, source.scale) and torch.equal(act.zero_point, source.zero_point)
+    else:
+        scale, zero_point = F.qparams(source.running_min, source.running_max, 4)
+        assert torch.equal(act.scale, scale) and torch.equal(act.zero_point, zero_point)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_widths_of_a_network_given_again_change_nothing(learned: bool) -> None:
+    student = _learn(_student(torch.float32)).eval()
+    if not learned:
+        for module in student.modules():
+            if isinstance(module, (QuantAct, WeightStep)):
+                module.learn_step(False)
+    twin = _student(torch.float32).eval()
+    twin.load_state_dict(student.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    for model in (student, twin):
+        before = model(x)
+        set_module_bits(model, module_bits(model))
+        assert torch.equal(model(x), before)
+    set_module_bits(twin, dict.fromkeys(module_bits(twin), 8))
+    for name, act in activations(twin).items():
+        learner = activations(student)[name]
+        torch.testing.assert_close(act.scale, learner.scale.detach() * 15 / 255)
 
 
 def _student(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -611,6 +782,8 @@ def test_a_result_with_steps_loads(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), student(x))
     assert module_bits(loaded) == module_bits(student) and step_sizes(loaded) == []
     assert set(loaded.state_dict()) == set(student.state_dict())
+    set_module_bits(loaded, module_bits(loaded))
+    assert torch.equal(loaded(x), student(x))
 
 
 def test_a_step_downhill_lowers_the_error_of_quantisation(backend: str) -> None:
