@@ -1,6 +1,6 @@
 """Steps as CUDA graphs play what steps without them do, and wait for nothing; skipped without a GPU.
 
-Those of options beyond the paper (OPTIONS) are not yet run on a GPU.
+None of them has yet run on a GPU.
 """
 
 from __future__ import annotations
