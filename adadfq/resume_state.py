@@ -100,6 +100,8 @@ def restore(trainer: Trainer, directory: Path) -> None:
             optimizer.load_state_dict(state[name])
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].to(trainer.device)
+                if "capturable" in group:  # of the device it was saved on
+                    group["capturable"] = trainer.device.type == "cuda"
     if trainer.game.averaged is not None:
         trainer.game.averaged.load_state_dict(state["averaged"])
     if trainer.game.bank is not None:

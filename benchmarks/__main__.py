@@ -321,6 +321,7 @@ def _integers(_: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.option("--device", "device_name", default="cpu", metavar="cpu|cuda", show_default=True, help="Where to run.")
 @click.option("--threads", default=1, show_default=True, help="PyTorch's threads.")
 @_json
+@_dry_run
 def accuracy(
     model: str,
     weights: Path | None,
@@ -335,6 +336,7 @@ def accuracy(
     device_name: str,
     threads: int,
     json_path: Path | None,
+    dry_run: bool,
 ) -> None:
     """Train MODEL by widths x variants of a recipe x seeds, and score the last epoch of each run.
 
@@ -361,6 +363,9 @@ def accuracy(
         varied = tuple(parse_settings(variant.split()) for variant in variants) or ({},)
         grid = Grid(model, recipe, parse_bits(bits), seeds, parse_settings(settings), varied)
     count = len(check_grid(grid, authors))  # what does not fit is said before anything is read
+    if dry_run:  # on a machine without the device, too
+        click.echo(f"{count} runs")
+        return
     environment = describe(pick_device(device_name, threads))
     command = command_line(grid, study, settings, variants, weights, data, authors, device_name, threads, json_path)
     content = store.document("accuracy", environment, {"commands": [command]})

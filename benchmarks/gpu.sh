@@ -6,8 +6,12 @@
 # Stages: build (with CUDA, for this machine's GPU), tests (those marked gpu), sanitizer (the kernels' tests under
 # compute-sanitizer; left out where that is missing), bench (operators and a training step; JSON in RESULTS_DIRECTORY,
 # default benchmarks/results of this repository).
-# One more is run when asked for, by --only step, in a command of less than ten minutes of its own: the training step of
-# every network and batch size. AUTHORS names a checkout of the authors' code, which plays too then.
+# Two more are run when asked for, by --only STAGE, in a command of less than ten minutes of its own:
+#   step: the training step of every network and batch size.
+#   accuracy: ResNet-20 trained with the recipe adadfq_plus and with the paper's, over 40 epochs, at three widths with
+#     three seeds, into accuracy-{plus,paper}-h200.json. WEIGHTS names the teacher's weights, DATA the images it is scored
+#     on (see adadfq evaluate). Where the time is up, the same command goes on after the last run that is in a file.
+# AUTHORS names a checkout of the authors' code, which plays too then (into accuracy-authors-h200.json).
 # A finished stage leaves a stamp there and is skipped by later runs at the same commit, where nothing is changed;
 # --fresh forgets the stamps, --from and --only run their stages whatever the stamps say. A stage that takes longer
 # than its limit fails. Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
@@ -17,7 +21,8 @@ set -euo pipefail
 
 stages=(build tests sanitizer bench)
 declare -A limits=([build]=120 [tests]=110 [sanitizer]=140 [bench]=190) # seconds; together at most 560
-limits+=([step]=560)
+alone=(step accuracy)
+limits+=([step]=560 [accuracy]=560)
 # Exit statuses of --inside that no command of a stage can bring about, see run().
 left_out=77 partial=78
 python=${PYTHON:-python3}
@@ -38,7 +43,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=1 ;;
     --fresh) fresh=1 ;;
     --from | --only | --inside) # --inside: one stage, without its limit
-      is_stage "${2:-}" || fail "$1 must be followed by one of ${stages[*]}, got '${2:-}'"
+      is_stage "${2:-}" || fail "$1 must be followed by one of ${stages[*]} ${alone[*]}, got '${2:-}'"
       declare "${1#--}=$2"
       shift
       ;;
@@ -55,7 +60,9 @@ results=${results:-$root/benchmarks/results}
 # Relative paths are the caller's.
 case $results in /*) ;; *) results=$PWD/$results ;; esac
 case $python in /*) ;; */*) python=$PWD/$python ;; esac
-case ${AUTHORS:-/} in /*) ;; *) export AUTHORS=$PWD/$AUTHORS ;; esac
+for name in AUTHORS WEIGHTS DATA; do
+  case ${!name:-/} in /*) ;; *) export "$name=$PWD/${!name}" ;; esac
+done
 export PYTHON=$python
 cd "$root"
 
@@ -127,6 +134,20 @@ run_step() {
     --providers "plain,adadfq*${AUTHORS:+,authors}" "${others[@]}" --json "$results/step-full-cuda.json"
 }
 
+run_accuracy() {
+  local study
+  if [ -z "$dry_run" ] && { [ -z "${WEIGHTS:-}" ] || [ -z "${DATA:-}" ]; }; then
+    fail "stage accuracy needs WEIGHTS, the teacher's weights, and DATA, the images it is scored on"
+  fi
+  local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" --device cuda)
+  for study in plus paper; do
+    run --dry-run "$python" -m benchmarks accuracy resnet20 --study "$study" "${common[@]}" \
+      --json "$results/accuracy-$study-h200.json"
+  done
+  [ -z "${AUTHORS:-}" ] || run --dry-run "$python" -m benchmarks accuracy resnet20 --study paper "${common[@]}" \
+    --authors "$AUTHORS" --json "$results/accuracy-authors-h200.json"
+}
+
 if [ -n "$inside" ]; then
   "run_$inside"
   exit
@@ -140,7 +161,9 @@ if [ -z "$dry_run" ] && ! "$python" -c "import torch, sys; sys.exit(not torch.cu
   fail "torch sees no CUDA device; nothing was run (--dry-run needs none)"
 fi
 
-[ "$only$from" != step ] || stages=(step)
+for stage in "${alone[@]}"; do
+  [ "$only$from" != "$stage" ] || stages=("$stage")
+done
 
 # A stamp names a commit, and so says nothing where there is none or the files are others.
 commit=$(git rev-parse HEAD 2>/dev/null) || commit=

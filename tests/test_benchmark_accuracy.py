@@ -255,6 +255,15 @@ def test_readme_leaves_accuracies_to_their_page(trained: Path, tmp_path: Path) -
         plot.plot(content, "empty", tmp_path)
 
 
+def test_a_dry_run_checks_options_and_trains_nothing(files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.json"
+    # Neither the images nor the device need to be there.
+    result = run(tmp_path, path, "--device", "cuda", "--dry-run")
+    assert result.exit_code == 0 and result.output == "4 runs\n" and not path.exists()
+    result = run(files, path, "--set", "momentum=2", "--dry-run")
+    assert result.exit_code == 2 and "momentum must be" in result.output and not path.exists()
+
+
 def test_a_grid_is_widths_by_variants_by_seeds() -> None:
     grid = Grid(DIGITS, "digits", parse_bits(["3", "4w5a"]), (1, 2), {}, ({"lr_student": 1e-3}, {"gamma": 2.0}))
     found = [(run.seed, run.weight_bits, run.act_bits, run.variant) for run in grid.runs()]

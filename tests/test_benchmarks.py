@@ -1219,6 +1219,25 @@ def test_gpu_sh_has_a_stage_for_steps_of_all_sizes(tmp_path: Path, authors: str)
     assert (f"--authors {tmp_path / authors}" in done.stdout) == bool(authors)
 
 
+@pytest.mark.parametrize("authors", ["", "checkout"])
+def test_gpu_sh_has_a_stage_for_accuracy(tmp_path: Path, authors: str) -> None:
+    (tmp_path / "checkout").mkdir()
+    files = {"WEIGHTS": "teacher.safetensors", "DATA": str(tmp_path / "images.zip"), "AUTHORS": authors}
+    done = gpu_sh("--dry-run", "--only", "accuracy", "here", PYTHON=sys.executable, cwd=tmp_path, **files)
+    assert done.returncode == 0, done.stderr
+    (stage,) = (line for line in done.stdout.splitlines() if line.startswith("stage "))
+    assert int(stage.split()[-2]) < 600
+    commands = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
+    names = ["plus", "paper", "authors"] if authors else ["plus", "paper"]
+    for name, command in zip(names, commands, strict=True):
+        study = "paper" if name == "authors" else name
+        assert f"-m benchmarks accuracy resnet20 --study {study} --weights {tmp_path}/teacher.safetensors" in command
+        assert f"--data {tmp_path}/images.zip --device cuda" in command
+        assert f"--json {tmp_path / 'here'}/accuracy-{name}-h200.json" in command
+        assert (f"--authors {tmp_path / 'checkout'}" in command) == (name == "authors")
+    assert not (tmp_path / "here").exists()
+
+
 @pytest.fixture
 def machinery(tmp_path: Path) -> Path:
     """Stand-ins for Python and compute-sanitizer that log their arguments; git that knows a commit.
@@ -1284,6 +1303,21 @@ def test_gpu_sh_goes_on_where_it_stopped(machinery: Path, standing_in: dict[str,
     fail(machinery, "pytest -q -m gpu tests", 5)
     assert gpu_sh("--only", "tests", str(results), **standing_in).returncode == 1
     assert stamped(results) == ["build", "sanitizer", "bench"]
+
+
+def test_gpu_sh_trains_where_it_is_told_of_a_teacher_and_images(machinery: Path, standing_in: dict[str, str]) -> None:
+    files = {"WEIGHTS": "teacher.safetensors", "DATA": "images.zip", "AUTHORS": ""}
+    arguments = ("--only", "accuracy", str(machinery / "results"))
+    for left_out in ("WEIGHTS", "DATA"):
+        done = gpu_sh(*arguments, **standing_in, **{**files, left_out: ""})
+        assert done.returncode == 1 and "stage accuracy needs WEIGHTS, the teacher's weights, and DATA" in done.stderr
+        assert "-m benchmarks" not in (machinery / "log").read_text()
+    done = gpu_sh(*arguments, **standing_in, **files)
+    assert done.returncode == 0, done.stderr
+    made = [line.split() for line in (machinery / "log").read_text().splitlines() if "-m benchmarks" in line]
+    assert [words[words.index("--study") + 1] for words in made] == ["plus", "paper"]
+    # Among the others it is not.
+    assert "stage accuracy" not in gpu_sh("--fresh", str(machinery / "results"), **standing_in, **files).stdout
 
 
 @pytest.mark.parametrize("status", [3, 77, 78])
@@ -1362,7 +1396,7 @@ def test_gpu_sh_takes_its_stage_along(machinery: Path, standing_in: dict[str, st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--only", "compile"), "--only must be followed by one of build tests sanitizer bench, got 'compile'"),
+        (("--only", "compile"), "one of build tests sanitizer bench step accuracy, got 'compile'"),
         (("--only", "build", "--from", "tests"), "exclude each other"),
         (("--quick",), "unknown option --quick"),
         (("a", "b"), "one results directory is enough"),

@@ -17,6 +17,7 @@ import adadfq
 from adadfq.fusion import with_features
 from adadfq.game import METRICS, REPLAY_METRICS
 from adadfq.nn import activations, set_calibrating, step_sizes
+from adadfq.result import CHECKPOINT
 
 #: One setting an option, and one with all that go together.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -412,6 +413,27 @@ def test_an_interrupt_before_the_students_first_step_prepares_it_once(tmp_path: 
     assert (result.status, result.steps) == ("interrupted", 4)
     resumed = _trainer(**option).fit(tmp_path / "run", resume=True)
     assert _same(resumed.student, unbroken.student)
+
+
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path: Path) -> None:
+    def stop(epoch: int, trainer: adadfq.Trainer) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    option = {**OPTIONS["together"], "epochs": 4}
+    with pytest.raises(KeyboardInterrupt):
+        _trainer(stop, **option).fit(tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    names = ("optimizer_student", "optimizer_generator", "optimizer_steps")
+    for name in names:
+        for group in state[name]["param_groups"]:
+            assert group["capturable"] is False
+            group["capturable"] = True  # as from a GPU
+    torch.save(state, path)
+    resumed = _trainer(**option)
+    resumed.fit(tmp_path / "run", resume=True)
+    assert not any(group["capturable"] for name in names for group in getattr(resumed, name).param_groups)
 
 
 def test_more_epochs_on_resuming_would_be_another_cosine(tmp_path: Path) -> None:

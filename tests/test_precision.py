@@ -125,7 +125,9 @@ def test_adadfq_plus_in_bfloat16_is_near_float32s(fuse: bool) -> None:
         for name in expected:
             if name.startswith("loss"):
                 assert math.isfinite(found[name])
-                assert found[name] == pytest.approx(expected[name], rel=0.05, abs=0.02), name
+                # What the student is apart from its teacher by is a sum of small differences.
+                close = {"rel": 0.15} if name == "loss_features" else {"rel": 1e-3, "abs": 5e-3}
+                assert found[name] == pytest.approx(expected[name], **close), name
     # Of a layer's steps, the ranges they start from differ by a share or two of those tried.
     for key, value in student.items():
         if key.endswith("scale"):
