@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import adadfq
 from adadfq.demo import digits
 from adadfq.errors import AdadfqError, InvalidInputError
-from benchmarks import accuracy, accuracy_report, plot, readme, store, studies
+from benchmarks import accuracy, accuracy_report, groups, held_out_images, plot, readme, store, studies, teachers
 from benchmarks.__main__ import main
 from benchmarks.accuracy import summarize
 from benchmarks.accuracy_grid import Grid, parse_bits, parse_settings
@@ -31,13 +31,14 @@ pytest.importorskip("sklearn")
 DIGITS = "adadfq.demo.digits:DigitsNet"
 IMAGES = 100
 SET = {"batch_size": 8, "epochs": 4, "steps_per_epoch": 3, "warmup_epochs": 2, "calibration_epochs": 2}
+FEW = {"images": 20, "steps": 3, "batch_size": 8, "seed": 0}
 VARIANTS = ("lr_student=0.002", "lr_student=0.001 precision=bfloat16")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_held_out_images() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy, "HELD_OUT", {"images": 20, "steps": 3, "batch_size": 8})
+        patch.setattr(held_out_images, "SMALL", FEW)
         yield
 
 
@@ -117,7 +118,7 @@ def test_a_row_is_what_the_trainer_gives(trained: Path) -> None:
     images, labels = digits.load_images(held_out=True)
     assert digits.accuracy(student, images[:IMAGES], labels[:IMAGES]) == pytest.approx(row["accuracy"])
     # The measures without data are of the teacher's shape alone, not of the run.
-    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits"), **accuracy.HELD_OUT).score(student)
+    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits"), **FEW).score(student)
     assert held_out["agreement"] == pytest.approx(row["held_out_agreement"][-1])
     assert held_out["loss"] == pytest.approx(row["held_out_loss"][-1])
     assert held_out["kl"] == pytest.approx(row["held_out_kl"][-1])
@@ -193,7 +194,7 @@ def test_an_interrupted_grid_goes_on(
     monkeypatch.undo()
     assert run(files, path, "--bits", "2w5a", seeds="1", variants=VARIANTS[:1]).exit_code == 0
     assert [row["act_bits"] for row in store.read(path)["rows"]] == [4, 4, 4, 4, 5]
-    assert len({summary.network for summary in summarize(store.read(path)["rows"])}) == 2
+    assert len(groups.grouped(store.read(path)["rows"], groups.of_network)) == 2
 
 
 def test_divergence_is_a_result(trained: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
