@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+import pickle
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadfq import checks, functional
+from adadfq import checks, files, functional
 from adadfq.errors import InvalidInputError
 from adadfq.fusion import fuse, is_fused
 from adadfq.game import BatchNormMatch
@@ -63,7 +66,6 @@ class HeldOut:
         steps: int = 200,
         batch_size: int = 32,
     ) -> None:
-        check_network("teacher", teacher)
         for name, value in (("images", images), ("steps", steps), ("batch_size", batch_size)):
             checks.check_number(name, value, 1)
         taken = steps - steps // 2
@@ -72,17 +74,79 @@ class HeldOut:
                 f"{GENERATORS} generators of {steps} steps at batch {batch_size} give at most {GENERATORS * most} "
                 f"images, {images} were asked for: give more steps"
             )
-        self.recipe, self.seed = recipe, seed
-        self._device = next(teacher.parameters()).device
-        frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
-        self._teacher = frozen if is_fused(frozen) else _fused(frozen)
+        self.seed = seed
+        self._take(teacher, recipe)
         shares = [images // GENERATORS + (i < images % GENERATORS) for i in range(GENERATORS)]
         kept = [self._generate(i, share, steps, batch_size) for i, share in enumerate(shares) if share]
         self.images, self.labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        self.logits = self._teachers_logits()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write images and labels, whole or not at all; :meth:`load` reads them.
+
+        Raises:
+            InvalidInputError: the file cannot be written there.
+        """
+        content = {"images": self.images.cpu(), "labels": self.labels.cpu(), "seed": self.seed}
+        with files.atomic_write(path) as temporary:
+            torch.save(content, temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], teacher: nn.Module, recipe: Recipe) -> HeldOut:
+        """What :meth:`save` wrote, with the logits of `teacher`: minutes less than making the images again.
+
+        Args:
+            path: the file.
+            teacher: as of the constructor; usually the one that the images were made for.
+            recipe: shapes, and the temperature of :meth:`score`.
+
+        Raises:
+            InvalidInputError: the file cannot be read or is none of :meth:`save`, or teacher, recipe and images do not
+                fit together.
+        """
+        try:
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InvalidInputError(f"{path} cannot be read as held-out images: {error}; make them again") from error
+        held_out = cls.__new__(cls)
+        shape = [recipe.image_channels, recipe.image_size, recipe.image_size]
+        images, labels = (content.get(name) if isinstance(content, dict) else None for name in ("images", "labels"))
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor) or labels.shape != images.shape[:1]:
+            raise InvalidInputError(f"{path} holds no held-out images: give a file that HeldOut.save wrote")
+        if list(images.shape[1:]) != shape:
+            raise InvalidInputError(
+                f"{path} holds images {list(images.shape[1:])}, the recipe's are {shape}: make them again"
+            )
+        held_out.seed = content["seed"]
+        held_out._take(teacher, recipe)
+        held_out.images, held_out.labels = images.to(held_out._device), labels.to(held_out._device)
+        held_out.logits = held_out._teachers_logits()
+        return held_out
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the images: scores compare where it is the same."""
+        return hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+    def _take(self, teacher: nn.Module, recipe: Recipe) -> None:
+        check_network("teacher", teacher)
+        self.recipe = recipe
+        self._device = next(teacher.parameters()).device
+        frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self._teacher = frozen if is_fused(frozen) else _fused(frozen)
+
+    def _teachers_logits(self) -> Tensor:
+        """Of `images`, float32 [N, K]."""
         with torch.no_grad():
-            self.logits = torch.cat([self._teacher(_ready(x, self._device)).float() for x in self.images.split(BATCH)])
-        if not bool(self.logits.isfinite().all()):
+            found = torch.cat(
+                [
+                    _checked(self._teacher(_ready(x, self._device)), len(x), self.recipe).float()
+                    for x in self.images.split(BATCH)
+                ]
+            )
+        if not bool(found.isfinite().all()):
             raise InvalidInputError("the teacher's logits on generated images are not finite: check its weights")
+        return found
 
     def __len__(self) -> int:
         return len(self.images)

@@ -307,7 +307,7 @@ def _integers(_: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.argument("model")
 @click.option("--weights", type=click.Path(path_type=Path, dir_okay=False), help="The network's weights.")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Images to score on: see adadfq evaluate.")
-@click.option("--study", metavar="NAME", help="A named grid: paper, plus, losses, bounds, adaptability or options.")
+@click.option("--study", metavar="NAME", help="A named grid: see benchmarks/studies.py.")
 @click.option("--recipe", metavar="NAME", help="Settings to start from.")
 @click.option("--bits", default="", callback=_words, metavar="BITS,...", help="Widths: 4 for 4w4a, or such as 4w8a.")
 @click.option("--seeds", default="1,2,3", callback=_integers, show_default=True, metavar="INT,...")
@@ -345,9 +345,8 @@ def accuracy(
     The file is written after every run. Runs that it holds already are not repeated, so that an interrupted grid goes
     on with the same command.
     """
-    from adadfq.errors import InvalidInputError
     from benchmarks import store
-    from benchmarks.accuracy import check_grid, train_grid
+    from benchmarks.accuracy import check_grid, key, train_grid
     from benchmarks.accuracy_grid import Grid, command_line, parse_bits, parse_settings
     from benchmarks.accuracy_report import run_text, text
     from benchmarks.environment import describe, machine, pick_device
@@ -369,23 +368,19 @@ def accuracy(
     environment = describe(pick_device(device_name, threads))
     command = command_line(grid, study, settings, variants, weights, data, authors, device_name, threads, json_path)
     content = store.document("accuracy", environment, {"commands": [command]})
-    if json_path is not None and json_path.exists():
-        before = store.read(json_path)
-        if before["kind"] != "accuracy":
-            raise InvalidInputError(f"{json_path} holds results of kind {before['kind']!r}: give another file")
-        content["rows"] = before["rows"]
-        content["options"]["commands"] = list(dict.fromkeys([*before["options"]["commands"], command]))
-    elif json_path is not None:
-        store.write(json_path, content)  # a path that cannot be written is found now
+    if json_path is not None:
+        content = store.merge(json_path, content, key)  # a path that cannot be written is found now
     click.echo(f"{machine(environment)}: {count} runs, {len(content['rows'])} rows in the file")
     if environment["native_matches_sources"] is False:
         click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
-    for row in train_grid(grid, weights, data, environment, list(content["rows"]), authors):
-        content["rows"].append(row)
+    rows = content["rows"]
+    folder = None if json_path is None else json_path.parent
+    for row in train_grid(grid, weights, data, environment, rows, authors, folder, click.echo):
+        rows.append(row)
         click.echo(run_text(row))
         if json_path is not None:
-            store.write(json_path, content)
-    click.echo(text(content["rows"]))
+            rows[:] = store.merge(json_path, {**content, "rows": rows}, key)["rows"]  # and what others did meanwhile
+    click.echo(text(rows))
 
 
 @main.command()

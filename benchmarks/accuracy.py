@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,12 @@ from adadfq import files, scoring
 from adadfq.checkpoint import load_weights, read_state_dict
 from adadfq.errors import AdadfqError, InvalidInputError
 from adadfq.models import BUILTINS
+from benchmarks import held_out_images
 from benchmarks.accuracy_grid import Grid, Run, public_name
 from benchmarks.authors_training import AuthorsTraining
 from benchmarks.authors_training import check as check_authors
 
 Row = dict[str, Any]
-
-#: Of :class:`adadfq.HeldOut`: a minute for ResNet-20 at 32 pixels on one thread.
-HELD_OUT = {"images": 1024, "steps": 200, "batch_size": 32, "seed": 0}
 
 #: Who trains: this project, or the authors' code.
 OURS, AUTHORS = "adadfq", "authors"
@@ -70,15 +67,6 @@ class _Teacher:
         )
         self.network = load_teacher(model, weights, recipe.num_classes)
         self.accuracy = scoring.accuracy(self.network, self.images, device=device).top1
-        self._shape = {
-            name: getattr(recipe, name)
-            for name in ("num_classes", "image_size", "image_channels", "mean", "std", "generator")
-        }
-
-    @cached_property
-    def held_out(self) -> adadfq.HeldOut:
-        """Of the shape alone: rows of all recipes and settings can be compared."""
-        return adadfq.HeldOut(self.network, adadfq.Recipe(name="held out", **self._shape), **HELD_OUT)
 
 
 def train_grid(
@@ -86,21 +74,26 @@ def train_grid(
     weights: Path | None,
     data: Path,
     environment: Mapping[str, Any],
-    done: Iterable[Mapping[str, Any]] = (),
+    done: Sequence[Mapping[str, Any]] = (),
     authors: Path | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> Iterator[Row]:
     """Train what is not among `done`; a row a run, see :data:`benchmarks.store.FIELDS`, as soon as it is there.
 
     Args:
+        done: rows; looked at before every run, so that what is added meanwhile is not trained again.
         authors: a checkout of the authors' code, which then trains in this project's place.
+        folder: where held-out images are kept for the next call; None: nowhere.
+        say: is told what takes time before the first row.
 
     Raises:
         InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting.
         KeyboardInterrupt: a run was interrupted; it has no row.
     """
     runs = check_grid(grid, authors)
-    known = {key(row) for row in done}
     teachers: dict[Any, _Teacher] = {}
+    held_out: dict[Any, adadfq.HeldOut] = {}
     digest = None if weights is None else files.sha256(weights)
     device = torch.device(environment["device"])
     for run in runs:
@@ -121,14 +114,21 @@ def train_grid(
             "act_bits": run.act_bits,
             "settings": run.settings,
             "recipe_digest": run.digest,
+            "base_digest": run.base_digest,
             "variant": run.variant,
             "seed": run.seed,
+            "warmup_epochs": recipe.warmup_epochs,
+            "lambda_l": recipe.lambda_l,
+            "lambda_u": recipe.lambda_u,
             "teacher_accuracy": teacher.accuracy,
             **environment,
         }
-        if key(row) in known:
+        if key(row) in {key(other) for other in done}:
             continue
-        scorer = _Scorer(teacher.images, teacher.held_out, recipe.warmup_epochs)
+        if inputs not in held_out:
+            held_out[inputs] = held_out_images.make(teacher.network, recipe, folder, say)
+        row["held_out_digest"] = held_out[inputs].digest
+        scorer = _Scorer(teacher.images, held_out[inputs], recipe.warmup_epochs)
         student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
         if authors is None:
             yield row | _train(run, teacher.network, student, scorer, device)
@@ -218,13 +218,14 @@ def _result(run: Run, scorer: _Scorer, trainer: Any, fit: Callable[[], None]) ->
     except AdadfqError as diverged:
         error = str(diverged)
     training = scorer.epoch_seconds[recipe.warmup_epochs :]
+    nearest = 0 < recipe.warmup_epochs and recipe.calibration_epochs <= recipe.warmup_epochs
     return {
         "status": "ok" if error is None else "diverged",
         "error": error,
         "accuracies": scorer.accuracies,
         "accuracy": scorer.accuracies[-1] if error is None else None,
-        # As warm-up leaves it: weights untouched, ranges calibrated on generated images.
-        "round_to_nearest": scorer.accuracies[0] if recipe.warmup_epochs and scorer.accuracies else None,
+        # As warm-up leaves it: weights untouched, min/max ranges of generated images, which no longer move.
+        "round_to_nearest": scorer.accuracies[0] if nearest and scorer.accuracies else None,
         **{f"held_out_{name}": [found[name] for found in scorer.signals] for name in ("agreement", "loss", "kl")},
         "train_seconds": sum(scorer.epoch_seconds),
         "epoch_seconds": scorer.epoch_seconds,
@@ -240,7 +241,6 @@ class Summary:
     """All seeds of one variant.
 
     Attributes:
-        network: model, recipe and bits.
         label: what is varied.
         rows: one a seed.
         accuracies: of the last epoch, one a seed that did not diverge.
@@ -249,7 +249,6 @@ class Summary:
         ms_per_image: median over the seeds; while the student trains.
     """
 
-    network: str
     label: str
     rows: tuple[Row, ...]
     accuracies: tuple[float, ...]
@@ -282,14 +281,13 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         groups.setdefault(key({**row, "seed": None}), []).append(row)
     summaries = []
     for found in groups.values():
-        first = found[0]
+        first = min(found, key=lambda row: len(row["variant"]))  # seeds may be of several grids
         varied = " ".join(f"{name}={value}" for name, value in first["variant"].items()) or "as set"
         ok = [row for row in found if row["status"] == "ok"]
         nearest = [row["round_to_nearest"] for row in found if row["round_to_nearest"] is not None]
         times = [row["step_ms"] * row["steps"] / row["images_seen"] for row in found if row["step_ms"] is not None]
         summaries.append(
             Summary(
-                network=network(first),
                 label=varied if first["player"] == OURS else f"{varied}, authors' code",
                 rows=tuple(found),
                 accuracies=tuple(row["accuracy"] for row in ok),
@@ -301,8 +299,3 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
             )
         )
     return summaries
-
-
-def network(row: Row) -> str:
-    """Model, recipe and bits, in short."""
-    return f"{row['model']} {row['recipe']} {row['weight_bits']}w{row['act_bits']}a"

@@ -57,11 +57,55 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+#: Fields that say where settings come from, and none itself.
+NO_SETTINGS = ("name", "source", "by_weight_bits")
+
+#: Settings beyond the paper, at the values at which they leave its method as it is. Never changed: a digest leaves out
+#: what is at them, so that a new field with its line here changes no digest, while a changed default of an older one
+#: does.
+OFF: dict[str, Any] = {
+    "weight_range": "minmax",
+    "act_range": "minmax",
+    "student_optimizer": "sgd",
+    "learn_steps": False,
+    "lr_steps": 1e-3,
+    "feature_weight": 0.0,
+    "low_pass": 0.0,
+    "crop": 0,
+    "flip": False,
+    "soft_labels": 0.0,
+    "replays": 0,
+    "bank_batches": 64,
+    "generator_ema": 0.0,
+    "spectral_norm": False,
+    "lr_schedule": "step",
+    "lr_warmup_steps": 0,
+}
+
+
+def recipe_digest(recipe: adadfq.Recipe) -> str:
+    """16 hexadecimal digits of all settings, whatever the recipe is called; see :data:`OFF`."""
+    settings = {
+        name: value
+        for name, value in recipe.to_dict().items()
+        if name not in NO_SETTINGS and not (name in OFF and value == OFF[name])
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training. `settings` are those that differ from the named recipe, `variant` those the grid varies."""
+    """One training.
+
+    Attributes:
+        recipe: settled for the width.
+        base: without what the grid varies; None where that alone is no valid recipe.
+        settings: fields that differ from the named recipe.
+        variant: fields the grid varies.
+    """
 
     recipe: adadfq.Recipe
+    base: adadfq.Recipe | None
     weight_bits: int
     act_bits: int
     settings: dict[str, Any]
@@ -70,14 +114,13 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Of all settings that are not the defaults: what a named recipe was when it was played."""
-        defaults = adadfq.Recipe().to_dict()
-        changed = {
-            name: value
-            for name, value in self.recipe.to_dict().items()
-            if name not in ("name", "source", "by_weight_bits") and value != defaults[name]
-        }
-        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
+        """Of the resolved recipe: what a named recipe was when it was played."""
+        return recipe_digest(self.recipe)
+
+    @property
+    def base_digest(self) -> str | None:
+        """Of the recipe without what the grid varies: what a variant is compared with; None where it has no base."""
+        return None if self.base is None else recipe_digest(self.base)
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -126,13 +169,25 @@ class Grid:
             raise InvalidInputError("the grid is empty: give at least one seed and one width")
         return runs
 
+    def _base(self, weight_bits: int) -> adadfq.Recipe | None:
+        try:
+            return adadfq.Recipe.named(self.recipe, weight_bits=weight_bits, **self.settings)
+        except InvalidInputError:  # such as generator_ema for all runs and replays, which it needs, in each variant
+            return None
+
     def _run(self, weight_bits: int, act_bits: int, variant: Mapping[str, Any], seed: int) -> Run:
         if both := sorted(set(variant) & set(self.settings)):
             raise InvalidInputError(f"{', '.join(both)} is set for all runs and varied: leave one out")
         recipe = adadfq.Recipe.named(self.recipe, weight_bits=weight_bits, **{**self.settings, **variant})
+        if recipe.epochs < recipe.warmup_epochs:
+            raise InvalidInputError(
+                f"epochs={recipe.epochs} is below warmup_epochs={recipe.warmup_epochs}: no student would be scored; "
+                "give more epochs or a shorter warm-up"
+            )
+        base = self._base(weight_bits) if variant else recipe
         usual, ours = adadfq.Recipe.named(self.recipe, weight_bits=weight_bits).to_dict(), recipe.to_dict()
         settings = {name: value for name, value in ours.items() if value != usual[name]}
-        return Run(recipe, weight_bits, act_bits, settings, {name: ours[name] for name in variant}, seed)
+        return Run(recipe, base, weight_bits, act_bits, settings, {name: ours[name] for name in variant}, seed)
 
 
 def command_line(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.accuracy import AUTHORS, Row, Summary, network, summarize
+from benchmarks import groups
+from benchmarks.accuracy import AUTHORS, Row, Summary, summarize
 from benchmarks.tables import number, text_table
 
 
@@ -23,10 +24,11 @@ def run_text(row: Row) -> str:
 
 def text(rows: Sequence[Row]) -> str:
     """A line a variant."""
-    header = ["setting", "seeds", "top-1 %", "teacher", "round to nearest", "steps", "ms an image"]
+    header = ["setting", "seeds", "top-1 %", "teacher", "round to nearest (min/max)", "steps", "ms an image"]
+    names = groups.Names(rows)
     lines = [
         [
-            f"{summary.network} {summary.label}",
+            f"{names.network(summary.rows[0])} {summary.rows[0]['recipe']} {summary.label}",
             str(len(summary.accuracies) + summary.diverged),
             accuracy_text(summary, "+-"),
             f"{summary.teacher:.2f}",
@@ -39,11 +41,11 @@ def text(rows: Sequence[Row]) -> str:
     return text_table(header, lines)
 
 
-def _by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(network(row), []).append(row)
-    return groups
+def _fields(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one network and recipe, by a heading of theirs."""
+    names = groups.Names(rows)
+    found = groups.grouped(rows, lambda row: (groups.of_network(row), row["recipe"]))
+    return {f"{names.network(held[0])} {recipe}": held for (_, recipe), held in found.items()}
 
 
 def group_label(summary: Summary) -> str:
@@ -69,7 +71,7 @@ def accuracy_text(summary: Summary, plus_minus: str) -> str:
 def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
     """A row of fields a network: accuracy of every seed with mean and deviation by variant; on a GPU, time an image."""
     on_cpu = content["environment"]["device"] == "cpu"
-    for i, (title, rows) in enumerate(_by_network(content["rows"]).items()):
+    for i, (title, rows) in enumerate(_fields(content["rows"]).items()):
         summaries = summarize(rows)
         left, right = axes[2 * i], axes[2 * i + 1]
         places = list(range(len(summaries)))
@@ -81,7 +83,7 @@ def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
                     summary.mean, place, xerr=summary.deviation, fmt="|", markersize=14, color="C0", capsize=4
                 )
             if summary.round_to_nearest is not None:
-                label = None if place else "round to nearest"
+                label = None if place else "round to nearest (min/max)"
                 left.plot(summary.round_to_nearest, place, "x", color="C1", label=label)
         left.set_yticks(places, [summary.label.replace(" ", "\n") for summary in summaries], fontsize=7)
         left.set(title=title, xlabel="top-1 %: seeds, mean ± sample deviation", ylim=(len(summaries) - 0.5, -0.5))
@@ -97,4 +99,4 @@ def draw(content: dict[str, Any], axes: Sequence[Any]) -> None:
 
 def networks(rows: Sequence[Row]) -> int:
     """How many rows of fields :func:`draw` fills."""
-    return len(_by_network(rows))
+    return len(_fields(rows))

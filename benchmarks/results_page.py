@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adadfq import files as atomic
-from benchmarks import plot, results_plots, store
+from benchmarks import groups, plot, results_plots, store
 from benchmarks import results_statistics as statistics
-from benchmarks.accuracy import OURS, Row, Summary, summarize
+from benchmarks.accuracy import Row, Summary, summarize
 from benchmarks.accuracy_report import accuracy_text, group_label, percent
 from benchmarks.environment import machine
 from benchmarks.tables import markdown_table, number
@@ -23,10 +23,13 @@ _HEAD = """# Results
 <!-- Written by `python -m benchmarks results` from benchmarks/results/accuracy-*.json: run it, do not edit. -->
 
 Top-1 % of the **last** epoch, mean ± sample deviation over seeds. The images score and choose nothing. "Round to
-nearest" is the student as warm-up leaves it: weights untouched, activation ranges calibrated on generated images. The
-authors' runs are their published trainer (`benchmarks/authors_training.py`) on the same teacher with the same recipe,
-scored alike. "Held-out agreement" is the share of generated images, which no training saw, on which student and teacher
-name the same class (`adadfq.HeldOut`). Seconds are without scoring; on a CPU, the wall's hold whatever else ran.
+nearest" is the student as warm-up leaves it: weights untouched, ranges the minima and maxima seen on generated images,
+also where the recipe then takes others; "-" where they still moved after warm-up. The authors' runs are their published
+trainer (`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their
+recipe after as many steps of as many images. "Held-out agreement" is the share of generated images, which no training
+saw, on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
+(`adadfq.HeldOut`): options are chosen by them, not by top-1. Differences are ± their standard error over the seeds of
+both. Times are without scoring; on a CPU they are the processor's own, since the wall's hold whatever else ran.
 """
 _PLOTS = {
     "time": "Accuracy against time",
@@ -121,33 +124,36 @@ def _picture(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def _side_by_side(rows: Sequence[Row]) -> list[str]:
-    groups = statistics.plain(rows)
-    parts = ["## Side by side"] if groups else []
-    networks: dict[str, list[Summary]] = {}
-    for group in groups:
-        networks.setdefault(statistics.network(group.rows[0]), []).append(group)
+    plain = statistics.plain(rows)
+    parts = ["## Side by side"] if plain else []
+    names = groups.Names(rows)
+    networks: dict[Any, list[Summary]] = {}
+    for group in plain:
+        networks.setdefault(groups.of_network(group.rows[0]), []).append(group)
     header = ["player and recipe", "seeds", "top-1 %", "gap to the teacher", "of the authors' gap"]
-    header += ["round to nearest", "held-out agreement %", "steps", "s", "processor's s"]
-    for name, found in networks.items():
+    header += ["round to nearest (min/max)", "held-out agreement %", "steps"]
+    for found in networks.values():
         first = found[0].rows[0]
-        parts += [f"### {name}", markdown_table(header, [_line(group, groups) for group in found])]
+        clock = statistics.CLOCKS[statistics.clock(first)]
+        lines = [_line(group, found) for group in found]
+        parts += [f"### {names.network(first)}", markdown_table([*header, clock], lines)]
         share = first["teacher_accuracy"] / 100
         error = 100 * (share * (1 - share) / first["images"]) ** 0.5
         parts.append(
             f"The teacher (`{first['weights'] or first['model']}`) has {first['teacher_accuracy']:.2f} on the "
             f"{first['images']} images of `{first['data']}`, with a standard error of {error:.2f}."
         )
-        if reached := [text for group in found if (text := _reached(group, groups))]:
+        if reached := [text for group in found if (text := _reached(group, found))]:
             parts.append("\n".join(f"- {text}" for text in reached))
     return parts
 
 
-def _line(group: Summary, groups: Sequence[Summary]) -> list[str]:
-    gap, rival = statistics.gap(group), statistics.rival(group, groups)
+def _line(group: Summary, others: Sequence[Summary]) -> list[str]:
+    gap, rival = statistics.gap(group), statistics.rival(group, others)
     theirs = None if rival is None else statistics.gap(rival)
     share = f"{gap / theirs:.2f}" if gap is not None and theirs is not None and theirs > 0 else "-"
     label = group_label(group)
-    if sum(group_label(other) == label and statistics.alike(other, group) for other in groups) > 1:
+    if sum(group_label(other) == label and statistics.alike(other, group) for other in others) > 1:
         label += f" ({group.rows[0]['recipe_digest'][:6]})"  # the recipe has changed in between
     return [
         label,
@@ -158,42 +164,46 @@ def _line(group: Summary, groups: Sequence[Summary]) -> list[str]:
         percent(group.round_to_nearest),
         percent(group.average(lambda row: statistics.last(row, "held_out_agreement"))),
         str(group.steps),
-        number(group.average(lambda row: row["train_seconds"])),
-        number(group.average(lambda row: sum(row["epoch_cpu_seconds"]) if "epoch_cpu_seconds" in row else None)),
+        number(group.average(statistics.seconds)),
     ]
 
 
-def _reached(group: Summary, groups: Sequence[Summary]) -> str | None:
+def _reached(group: Summary, others: Sequence[Summary]) -> str | None:
     """When this project's run first had what the authors' has at its end."""
-    rival = statistics.rival(group, groups)
-    if rival is None or rival.mean is None or group.rows[0]["player"] != OURS:
+    rival = statistics.rival(group, others)
+    if rival is None or rival.mean is None:
         return None
-    shares = []
-    for name, clock in (("epoch_seconds", "wall time"), ("epoch_cpu_seconds", "processor's time")):
-        ours = statistics.seconds_to(group, rival.mean, name)
-        theirs = rival.average(lambda row, name=name: sum(row[name]) if name in row else None)
-        if ours is not None and theirs:
-            shares.append(f"{100 * ours / theirs:.0f} % of their {clock}")
-    if not shares:
+    ours, theirs = statistics.seconds_to(group, rival.mean), rival.average(statistics.seconds)
+    if ours is None or not theirs:
         return None
-    return f"{group_label(group)} has the authors' last accuracy ({rival.mean:.2f}) after {' and '.join(shares)}."
+    clock = {"epoch_cpu_seconds": "processor time", "epoch_seconds": "wall time"}[statistics.clock(group.rows[0])]
+    return (
+        f"{group_label(group)} has the authors' last accuracy ({rival.mean:.2f}) after {100 * ours / theirs:.0f} % of "
+        f"their {clock}."
+    )
 
 
 def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    """Tables of the file's variants, a network each."""
-    if not (varied := _varied(held)):
+    """Tables of the file's variants, one each base."""
+    if not _varied(held):
         return []
     everything = [*summarize(held["rows"]), *summarize(rows)]
+    names = groups.Names(rows)
     parts = [f"## {path.stem.removeprefix('accuracy-').replace('-', ' ').capitalize()}"]
-    header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "mean H'", "steps"]
-    for name, found in statistics.grouped(varied, lambda row: f"{row['player']}, {statistics.network(row)}").items():
-        groups = summarize(found)
-        base = statistics.base(groups[0], everything)
-        lines = [_ablation_line(base, everything)] if base is not None and not base.rows[0]["variant"] else []
-        lines += [_ablation_line(group, everything) for group in groups]
-        shared = statistics.setting(found[0], {field for row in found for field in row["variant"]})
-        title = f"{name}, recipe `{found[0]['recipe']}`{f' with `{shared}`' if shared else ''}:"
-        parts += [title, markdown_table(header, lines)]
+    header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "against the base"]
+    header += ["held-out loss", "against the base", "mean H'", "steps"]
+    for found in groups.grouped(held["rows"], statistics.same_base).values():
+        if not any(row["variant"] for row in found):
+            continue
+        shown = summarize(found)
+        base = next((other for group in shown if (other := statistics.base(group, everything)) is not None), None)
+        lines = [] if base is None or any(statistics.same(base, group) for group in shown) else [base]
+        lines += shown
+        first = found[0]
+        shared = statistics.setting(first, {field for row in found for field in row["variant"]})
+        with_ = f" with `{shared}`" if shared else ""
+        parts.append(f"{first['player']}, {names.network(first)}, recipe `{first['recipe']}`{with_}:")
+        parts.append(markdown_table(header, [_ablation_line(group, base) for group in lines]))
     pictures = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(held)]
     return [*parts, *pictures, f"{machine(held['environment'])} (`benchmarks/results/{path.name}`)", *_commands([held])]
 
@@ -202,19 +212,31 @@ def _varied(held: dict[str, Any]) -> list[Row]:
     return [row for row in held["rows"] if row["variant"]]
 
 
-def _ablation_line(group: Summary, groups: Sequence[Summary]) -> list[str]:
-    base = statistics.base(group, groups)
-    text = "-"
-    if base is not None and statistics.same(base, group):
-        text = "base"
-    elif base is not None and (found := statistics.difference(group, base)) is not None:
-        text = f"{found[0]:+.2f}" + ("" if found[1] is None else f" ± {found[1]:.2f}")
+def _ablation_line(group: Summary, base: Summary | None) -> list[str]:
+    """Top-1 and the held-out measures, each with its difference to the base."""
+
+    def against(difference: Callable[[Summary, Summary], tuple[float, float | None] | None], digits: int) -> str:
+        if base is None:
+            return "-"
+        if statistics.same(base, group):
+            return "base"
+        if (found := difference(group, base)) is None:
+            return "-"
+        return f"{found[0]:+.{digits}f}" + ("" if found[1] is None else f" ± {found[1]:.{digits}f}")
+
+    agreement, loss = (
+        partial(statistics.held_out_difference, signal=name) for name in ("held_out_agreement", "held_out_loss")
+    )
+    mean_loss = group.average(lambda row: statistics.last(row, "held_out_loss"))
     return [
         f"`{group.label}`",
         str(len(group.accuracies) + group.diverged),
         accuracy_text(group, "±"),
-        text,
+        against(statistics.difference, 2),
         percent(group.average(lambda row: statistics.last(row, "held_out_agreement"))),
+        against(agreement, 2),
+        "-" if mean_loss is None else f"{mean_loss:.3f}",
+        against(loss, 3),
         percent(group.average(lambda row: row["h_prime"])),
         str(group.steps),
     ]
@@ -222,19 +244,20 @@ def _ablation_line(group: Summary, groups: Sequence[Summary]) -> list[str]:
 
 def _predictions(rows: Sequence[Row]) -> list[str]:
     header = ["rows", "signal", "runs", "Spearman", "Pearson", "lost by choosing with it"]
-    among = {**statistics.grouped(rows, statistics.network), "all": list(rows)}
     lines = []
-    for name, found in among.items():
+    for name, found in statistics.comparable(rows):
+        mixed = len({groups.bits(row) for row in found}) > 1
         for signal in statistics.SIGNALS:
             if (held := statistics.prediction(found, signal)) is not None:
-                lost = "-" if name == "all" else f"{held.lost:.2f}"
+                lost = "-" if mixed else f"{held.lost:.2f}"
                 correlations = (_signed(value) for value in (held.spearman, held.pearson))
                 lines.append([name, signal.replace("_", " "), str(held.count), *correlations, lost])
     if not lines:
         return []
     note = (
-        "Correlation with accuracy over the last epochs of runs; of the losses, with their negative. The last column: "
-        "how many points less than the best run that run has which the signal would choose."
+        "Correlation with accuracy over the last epochs of runs judged on the same held-out images; of the losses, "
+        "with their negative. The last column: how many points less than the best run that run has which the signal "
+        "would choose."
     )
     return [f"## {_PLOTS['signals']}", markdown_table(header, lines), note]
 
@@ -244,5 +267,5 @@ def _signed(value: float | None) -> str:
 
 
 def _commands(stored: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [line for held in stored for line in held["options"]["commands"]]
+    lines = [line for held in stored for line in held["options"].get("commands", [])]
     return ["```sh\n" + "\n".join(lines) + "\n```"] if lines else []

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adadfq import Recipe
-from benchmarks import plot
+from benchmarks import groups, plot
 from benchmarks import results_statistics as statistics
 from benchmarks.accuracy import OURS, Row, Summary, summarize
 from benchmarks.accuracy_report import group_label
@@ -39,17 +38,28 @@ def plots(files: dict[Path, dict[str, Any]]) -> dict[str, Callable[[Path], Path]
 
         found[name] = lambda path: plot.save(content, path, draw_all, lines, columns, 0.6 + 3.6 * lines, title)
 
-    groups = statistics.plain(rows)
-    timed = [group for group in groups if any(_clock(row) in row for row in group.rows) and group.accuracies]
-    by_network: dict[str, list[Summary]] = {}
-    for group in timed:
-        by_network.setdefault(statistics.network(group.rows[0]), []).append(group)
-    add("time", _time, list(by_network.items()), "accuracy against time of training, mean over the seeds")
-    seen = [group for group in groups if group.rows[0]["player"] == OURS and group.rows[0].get("h_prime_quantiles")]
+    names = groups.Names(rows)
+    plain = statistics.plain(rows)
+    by_network: dict[Any, list[Summary]] = {}
+    for group in plain:
+        if statistics.by_time(group) is not None:
+            by_network.setdefault(groups.of_network(group.rows[0]), []).append(group)
+    timed = [(names.network(found[0].rows[0]), found) for found in by_network.values()]
+    add("time", _time, timed, "accuracy against time of training, mean over the seeds")
+    seen = [
+        (names.network(group.rows[0]), group)
+        for group in plain
+        if group.rows[0]["player"] == OURS and group.rows[0].get("h_prime_quantiles")
+    ]
     add("h-prime", _h_prime, seen, "H' of the samples of each epoch: median, 25 to 75 %, 5 to 95 %; dashed: bounds")
-    signals = [(signal, rows) for signal in statistics.SIGNALS if statistics.signal_pairs(rows, signal)]
+    comparable = [(name, held) for name, held in statistics.comparable(rows) if len(set(map(groups.bits, held))) == 1]
+    signals = [
+        (signal, comparable)
+        for signal in statistics.SIGNALS
+        if any(statistics.signal_pairs(held, signal) for _, held in comparable)
+    ]
     add("signals", _signal, signals, "a run's last epoch: accuracy against what is measured without data")
-    maps = [panel for path in sorted(files) for panel in _bounds(path, files[path]["rows"])]
+    maps = [panel for path in sorted(files) for panel in _bounds(path, files[path]["rows"], rows)]
     add("bounds", _map, maps, "mean accuracy by the bounds of H'; white: not run")
     add("adaptability", _adaptability, maps, "a run's accuracy against mean H' of its last epoch (low: adaptable)")
     return found
@@ -60,46 +70,40 @@ def digested(files: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     return {"files": [files[path] for path in sorted(files)]}
 
 
-def _clock(row: Row) -> str:
-    """The field with an epoch's time: the processor's own on a CPU, where whatever else runs is in the wall's."""
-    return "epoch_cpu_seconds" if row["device"] == "cpu" else "epoch_seconds"
-
-
 def _time(panel: tuple[str, list[Summary]], axis: Any) -> None:
-    title, groups = panel
-    for group in groups:
-        rows = [row for row in group.rows if row["status"] == "ok" and _clock(row) in row]
-        if not rows:
-            continue
-        accuracies = np.mean([row["accuracies"] for row in rows], axis=0)
-        seconds = np.cumsum(np.mean([row[_clock(row)] for row in rows], axis=0))[-len(accuracies) :]
-        axis.plot(seconds, accuracies, label=f"{group_label(group)}, {group.steps} steps")
-    axis.axhline(groups[0].teacher, color="black", linewidth=0.8, linestyle="--", label="teacher")
+    title, found = panel
+    for group in found:
+        if (curve := statistics.by_time(group)) is not None:
+            axis.plot(*curve, label=f"{group_label(group)}, {group.steps} steps")
+    axis.axhline(found[0].teacher, color="black", linewidth=0.8, linestyle="--", label="teacher")
     axis.set_xscale("log")
-    clock = "seconds of the processor" if groups[0].rows[0]["device"] == "cpu" else "seconds"
+    clock = "seconds of the processor" if found[0].rows[0]["device"] == "cpu" else "seconds"
     axis.set(title=title, xlabel=clock, ylabel="top-1 %")
     axis.legend(fontsize=6)
 
 
-def _h_prime(group: Summary, axis: Any) -> None:
+def _h_prime(panel: tuple[str, Summary], axis: Any) -> None:
+    name, group = panel
     row = group.rows[0]
     low, quarter, median, three_quarters, high = np.asarray(row["h_prime_quantiles"], dtype=float).T
     epochs = np.arange(1, len(median) + 1)
     axis.fill_between(epochs, low, high, alpha=0.15, color="C0")
     axis.fill_between(epochs, quarter, three_quarters, alpha=0.3, color="C0")
     axis.plot(epochs, median, color="C0")
-    recipe = Recipe.named(row["recipe"], weight_bits=row["weight_bits"], **row["settings"])
-    for bound in BOUNDS:
-        axis.axhline(getattr(recipe, bound), color="black", linewidth=0.8, linestyle="--")
-    axis.axvline(recipe.warmup_epochs + 0.5, color="gray", linewidth=0.8)
-    title = f"{statistics.network(row)} {group_label(group)}, seed {row['seed']}"
+    # Of the row, not of the recipe of its name: that may have changed since. Rows of before do not say.
+    for value in (row.get(bound) for bound in BOUNDS):
+        if value is not None:
+            axis.axhline(value, color="black", linewidth=0.8, linestyle="--")
+    if row.get("warmup_epochs") is not None:
+        axis.axvline(row["warmup_epochs"] + 0.5, color="gray", linewidth=0.8)
+    title = f"{name} {group_label(group)}, seed {row['seed']}"
     axis.set(title=title, xlabel="epoch (gray: the student starts)", ylabel="H'", ylim=(0, 1))
     axis.title.set_fontsize(8)
 
 
-def _signal(panel: tuple[str, Sequence[Row]], axis: Any) -> None:
-    signal, rows = panel
-    for name, found in statistics.grouped(rows, statistics.network).items():
+def _signal(panel: tuple[str, Sequence[tuple[str, list[Row]]]], axis: Any) -> None:
+    signal, comparable = panel
+    for name, found in comparable:
         if pairs := statistics.signal_pairs(found, signal):
             signals, accuracies = zip(*pairs, strict=True)
             axis.plot(signals, accuracies, "o", alpha=0.6, markersize=4, label=name)
@@ -108,24 +112,38 @@ def _signal(panel: tuple[str, Sequence[Row]], axis: Any) -> None:
     axis.legend(fontsize=6)
 
 
-def _bounds(path: Path, rows: Sequence[Row]) -> list[tuple[str, list[Summary]]]:
-    """(title, groups) of each network for which a file's rows vary both bounds, and nothing else."""
+def _bounds(path: Path, rows: Sequence[Row], everything: Sequence[Row]) -> list[tuple[str, list[Summary]]]:
+    """(title, groups) of each base of which a file's rows vary the bounds, and nothing else; with the base itself."""
+    names = groups.Names(everything)
+    bounded = [row for row in rows if set(row["variant"]) <= set(BOUNDS) and None not in _pair(row)]
     panels = []
-    for name, found in statistics.grouped(rows, lambda row: f"{row['player']}, {statistics.network(row)}").items():
-        groups = [group for group in summarize(found) if set(group.rows[0]["variant"]) == set(BOUNDS)]
-        if len(groups) > 3 and any(group.accuracies for group in groups):
-            panels.append((f"{path.stem.removeprefix('accuracy-')}: {name}", groups))
+    for held in groups.grouped(bounded, statistics.same_base).values():
+        shown = summarize(held)
+        base = next((each for group in shown if (each := statistics.base(group, summarize(everything)))), None)
+        if base is not None and None not in _pair(base.rows[0]) and _pair(base.rows[0]) not in map(_of, shown):
+            shown.insert(0, base)
+        if len(shown) > 3 and any(group.accuracies for group in shown):
+            first = held[0]
+            title = f"{path.stem.removeprefix('accuracy-')}: {first['player']}, {names.network(first)}"
+            panels.append((title, shown))
     return panels
 
 
+def _pair(row: Row) -> tuple[Any, Any]:
+    return row.get("lambda_l"), row.get("lambda_u")
+
+
+def _of(group: Summary) -> tuple[Any, Any]:
+    return _pair(group.rows[0])
+
+
 def _map(panel: tuple[str, list[Summary]], axis: Any) -> None:
-    title, groups = panel
-    lowers, uppers = (sorted({group.rows[0]["variant"][bound] for group in groups}) for bound in BOUNDS)
+    title, found = panel
+    lowers, uppers = (sorted(set(values)) for values in zip(*map(_of, found), strict=True))
     values = np.full((len(uppers), len(lowers)), np.nan)
-    for group in groups:
-        variant = group.rows[0]["variant"]
-        place = uppers.index(variant["lambda_u"]), lowers.index(variant["lambda_l"])
-        values[place] = np.nan if group.mean is None else group.mean
+    for group in found:
+        lower, upper = _of(group)
+        values[uppers.index(upper), lowers.index(lower)] = np.nan if group.mean is None else group.mean
     axis.imshow(values, origin="lower", cmap="viridis", aspect="auto")
     middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
     for (y, x), value in np.ndenumerate(values):
@@ -138,12 +156,12 @@ def _map(panel: tuple[str, list[Summary]], axis: Any) -> None:
 
 
 def _adaptability(panel: tuple[str, list[Summary]], axis: Any) -> None:
-    title, groups = panel
-    for i, group in enumerate(groups):
+    title, summaries = panel
+    for i, group in enumerate(summaries):
         found = [(row["h_prime"], row["accuracy"]) for row in group.rows if row["status"] == "ok"]
         if found := [pair for pair in found if None not in pair]:
-            variant = group.rows[0]["variant"]
-            label = f"{variant['lambda_l']:g} to {variant['lambda_u']:g}"
+            lower, upper = _of(group)
+            label = f"{lower:g} to {upper:g}"
             axis.plot(*zip(*found, strict=True), "os^v"[i // 10 % 4], alpha=0.6, markersize=4, label=label)
     if axis.has_data():
         axis.legend(fontsize=6, title="bounds", title_fontsize=6)

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import AUTHORS, IDENTITY, Row, Summary, key, summarize
+from benchmarks import groups
+from benchmarks.accuracy import AUTHORS, IDENTITY, OURS, Row, Summary, key, summarize
 
 #: Signal of :class:`adadfq.HeldOut` -> sign that makes larger better.
 SIGNALS = {"held_out_agreement": 1, "held_out_loss": -1, "held_out_kl": -1}
 
 
+#: In a heading, where rows of several widths are together.
+ALL_WIDTHS = "at all widths"
+#: What a run of the authors' may change of their recipe and stay theirs: how long it takes.
+SCHEDULE = ("epochs", "steps_per_epoch", "lr_milestones", "warmup_epochs", "calibration_epochs")
+
+
 def unique(files: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of several files; a run that is in two is taken once."""
+    """Rows of several files; a run that is in two is taken once, as the grid made it that varied least."""
     rows: dict[str, Row] = {}
     for content in files:
         for row in content["rows"]:
-            rows.setdefault(key(row), row)
+            held = rows.setdefault(key(row), row)
+            if len(row["variant"]) < len(held["variant"]):
+                rows[key(row)] = row
     return list(rows.values())
 
 
-def bits(row: Mapping[str, Any]) -> str:
-    """Widths, such as "4w4a"."""
-    return f"{row['weight_bits']}w{row['act_bits']}a"
+def is_plain(row: Row) -> bool:
+    """Whether a run is of its recipe as set: the grid varied nothing, or to what was set anyway."""
+    return not row["variant"] or row["recipe_digest"] == row.get("base_digest")
 
 
 def setting(row: Row, leave_out: Iterable[str] = ()) -> str:
@@ -41,8 +51,8 @@ def last(row: Row, name: str) -> float | None:
 
 
 def plain(rows: Sequence[Row]) -> list[Summary]:
-    """The groups in which the grid varied nothing: by teacher, then by width, then by number of steps."""
-    found = summarize([row for row in rows if not row["variant"]])
+    """The groups of runs as set: by teacher, then by width, then by number of steps."""
+    found = summarize([row for row in rows if is_plain(row)])
     return sorted(
         found,
         key=lambda group: (
@@ -55,15 +65,27 @@ def plain(rows: Sequence[Row]) -> list[Summary]:
     )
 
 
-def rival(group: Summary, groups: Sequence[Summary]) -> Summary | None:
-    """The authors' runs with the same teacher, images, widths and number of steps; None where there are none."""
-    same = ("model", "weights_sha256", "data", "images", "weight_bits", "act_bits", "device")
-    for other in groups:
-        first, second = group.rows[0], other.rows[0]
-        alike = all(first[name] == second[name] for name in same) and group.steps == other.steps
-        if other is not group and second["player"] == AUTHORS and alike and other.accuracies:
-            return other
-    return None
+def rival(group: Summary, summaries: Sequence[Summary]) -> Summary | None:
+    """The authors' runs to judge this project's by; None where there are none, and for the authors' own.
+
+    They have the same teacher, images, widths, device and threads, played as many steps of as many images, and changed
+    nothing of their recipe but :data:`SCHEDULE`. Of several, the one with the same recipe, then the most accurate.
+    """
+    first = group.rows[0]
+    if first["player"] != OURS:
+        return None
+    found = [
+        other
+        for other in summaries
+        if (row := other.rows[0])["player"] == AUTHORS
+        and groups.of_network(row) == groups.of_network(first)
+        and all(row[name] == first[name] for name in ("steps", "images_seen"))
+        and set(row["settings"]) <= set(SCHEDULE)
+        and other.mean is not None
+    ]
+    return max(
+        found, key=lambda other: (other.rows[0]["recipe_digest"] == first["recipe_digest"], other.mean), default=None
+    )
 
 
 def gap(group: Summary) -> float | None:
@@ -71,14 +93,22 @@ def gap(group: Summary) -> float | None:
     return None if group.mean is None else group.teacher - group.mean
 
 
-def base(group: Summary, groups: Sequence[Summary]) -> Summary | None:
+def base(group: Summary, summaries: Sequence[Summary]) -> Summary | None:
     """The first group that differs from this one in nothing but what its variant sets; itself, where that is nothing.
 
-    Recipes are compared by name: those of `groups` that come first should be as old as the group.
+    That is said by the digest of the whole recipe, so that neither a recipe that has changed in between nor another
+    setting passes for the base.
     """
-    first = group.rows[0]
-    settings = {name: value for name, value in first["settings"].items() if name not in first["variant"]}
-    return next((other for other in groups if other.rows[0]["settings"] == settings and alike(other, group)), None)
+    if is_plain(group.rows[0]):
+        return group
+    digest = group.rows[0].get("base_digest")
+    found = (other for other in summaries if digest is not None and other.rows[0]["recipe_digest"] == digest)
+    return next((other for other in found if alike(other, group)), None)
+
+
+def same_base(row: Row) -> tuple[Any, ...]:
+    """What rows share that are compared with one base."""
+    return row["player"], *groups.of_network(row), row["recipe"], row.get("base_digest")
 
 
 def alike(group: Summary, other: Summary) -> bool:
@@ -92,29 +122,63 @@ def same(group: Summary, other: Summary) -> bool:
     return key({**group.rows[0], "seed": None}) == key({**other.rows[0], "seed": None})
 
 
-def difference(group: Summary, other: Summary) -> tuple[float, float | None] | None:
-    """(difference of the means, its standard error from both groups' deviations or None); None without accuracies."""
-    if group.mean is None or other.mean is None:
-        return None
-    if group.deviation is None or other.deviation is None:
-        return group.mean - other.mean, None
-    variances = (each.deviation**2 / len(each.accuracies) for each in (group, other) if each.deviation is not None)
-    return group.mean - other.mean, math.sqrt(sum(variances))
+def difference(
+    group: Summary, other: Summary, of: Callable[[Row], float | None] = lambda row: row["accuracy"]
+) -> tuple[float, float | None] | None:
+    """(difference of the means over the seeds, its standard error from both groups' deviations or None).
 
-
-def seconds_to(group: Summary, accuracy: float, name: str) -> float | None:
-    """Mean seconds of training after which the mean accuracy over the seeds first reached `accuracy`; None: never.
-
-    Args:
-        name: "epoch_seconds" or "epoch_cpu_seconds".
+    None where one group has no such number. Seeds that diverged have none.
     """
+    pair = [
+        [value for row in each.rows if row["status"] == "ok" and (value := of(row)) is not None]
+        for each in (group, other)
+    ]
+    if not all(pair):
+        return None
+    first, second = (math.fsum(values) / len(values) for values in pair)
+    if any(len(values) < 2 for values in pair):
+        return first - second, None
+    return first - second, math.sqrt(sum(statistics.variance(values) / len(values) for values in pair))
+
+
+def held_out_difference(group: Summary, other: Summary, signal: str) -> tuple[float, float | None] | None:
+    """:func:`difference` of the last epochs' signal; None where the held-out images are not the same ones."""
+    digests = {row.get("held_out_digest") for each in (group, other) for row in each.rows if row["status"] == "ok"}
+    return (
+        difference(group, other, lambda row: last(row, signal)) if len(digests) == 1 and None not in digests else None
+    )
+
+
+#: Field with an epoch's time -> heading of a column of it.
+CLOCKS = {"epoch_cpu_seconds": "processor's s", "epoch_seconds": "s"}
+
+
+def clock(row: Mapping[str, Any]) -> str:
+    """The field with an epoch's time: the processor's own on a CPU, where whatever else runs is in the wall's."""
+    return "epoch_cpu_seconds" if row["device"] == "cpu" else "epoch_seconds"
+
+
+def seconds(row: Row) -> float | None:
+    """Of the whole training, by :func:`clock`; None where it was not taken."""
+    return sum(row[clock(row)]) if clock(row) in row else None
+
+
+def seconds_to(group: Summary, accuracy: float) -> float | None:
+    """Mean seconds, by :func:`clock`, until the mean accuracy over the seeds first is `accuracy`; None: never."""
+    curve = by_time(group)
+    if curve is None:
+        return None
+    reached = np.flatnonzero(curve[1] >= accuracy)
+    return float(curve[0][reached[0]]) if len(reached) else None
+
+
+def by_time(group: Summary) -> tuple[np.ndarray, np.ndarray] | None:
+    """(mean seconds of training, mean accuracy) at every scored epoch; None where a seed's time was not taken."""
     rows = [row for row in group.rows if row["status"] == "ok"]
-    if not rows or any(name not in row for row in rows):
+    if not rows or any(clock(row) not in row for row in rows):
         return None
     accuracies = np.mean([row["accuracies"] for row in rows], axis=0)
-    seconds = np.cumsum(np.mean([row[name] for row in rows], axis=0))[-len(accuracies) :]
-    reached = np.flatnonzero(accuracies >= accuracy)
-    return float(seconds[reached[0]]) if len(reached) else None
+    return np.cumsum(np.mean([row[clock(row)] for row in rows], axis=0))[-len(accuracies) :], accuracies
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -168,14 +232,16 @@ def signal_pairs(rows: Sequence[Row], signal: str) -> list[tuple[float, float]]:
     return [(sign * value, accuracy) for value, accuracy in pairs if value is not None and accuracy is not None]
 
 
-def grouped(rows: Sequence[Row], by: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Rows by a text, in the order of their first."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(by(row), []).append(row)
-    return groups
+def comparable(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """(heading, rows) of the same held-out images: a network each, then a teacher each at all widths together.
 
-
-def network(row: Row) -> str:
-    """A teacher, its images and the widths, in short: what correlations are made within."""
-    return f"{row['model']} {bits(row)}"
+    Rows whose images are not known are left out: signals of different images do not compare.
+    """
+    known = [row for row in rows if row.get("held_out_digest") is not None]
+    names = groups.Names(known)
+    found = []
+    for held in groups.grouped(known, lambda row: (groups.of_teacher(row), row["held_out_digest"])).values():
+        widths = list(groups.grouped(held, groups.bits).items())
+        found += [(names.signals(part[0], width), part) for width, part in widths]
+        found += [(names.signals(held[0], ALL_WIDTHS), held)] if len(widths) > 1 else []
+    return found

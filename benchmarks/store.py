@@ -7,7 +7,11 @@ in milliseconds unless their names say otherwise, sizes in bytes.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -93,7 +97,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "weight_bits": (int,),
         "act_bits": (int,),
         "settings": (dict,),  # what differs from the recipe
-        "recipe_digest": (str,),  # of what differs from the defaults: a recipe may have changed since
+        "recipe_digest": (str,),  # of the resolved recipe, which may have changed since
         "variant": (dict,),  # what the grid varies
         "seed": (int,),
         "status": (str,),
@@ -101,7 +105,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "accuracies": (list,),  # after the last epoch of warm-up and every later one
         "accuracy": (float, NoneType),
         "teacher_accuracy": (float,),
-        "round_to_nearest": (float, NoneType),
+        "round_to_nearest": (float, NoneType),  # min/max ranges; None where they still moved after warm-up
         "train_seconds": (float,),  # without scoring
         "steps": (int,),
         "images_seen": (int,),
@@ -171,6 +175,11 @@ OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "held_out_agreement": (list,),
         "held_out_loss": (list,),
         "held_out_kl": (list,),
+        "held_out_digest": (str, NoneType),  # of those images: values of the same ones compare
+        "base_digest": (str, NoneType),  # the recipe_digest without what the grid varies
+        "warmup_epochs": (int,),
+        "lambda_l": (float,),
+        "lambda_u": (float,),
     }
 }
 #: Kinds whose rows have a status and, where it is "ok", a time.
@@ -204,6 +213,48 @@ def write(path: Path, content: dict[str, Any]) -> None:
     with files.atomic_write(path) as temporary:
         # A row a line: stored files are read in diffs.
         temporary.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
+
+
+def merge(path: Path, content: dict[str, Any], key: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+    """Write `content` into a file that other processes may be writing to: no row of theirs is lost.
+
+    The file is read again, and written, under a lock on its folder. Of rows with the same key, the one that is there
+    stays; commands of both are kept.
+
+    Returns:
+        What the file then holds, with the head of `content`.
+
+    Raises:
+        InvalidInputError: as :func:`read` and :func:`write`, or the file is of another kind.
+    """
+    with _locked(path.parent):
+        merged = dict(content)
+        if path.exists():
+            before = read(path)
+            if before["kind"] != content["kind"]:
+                raise InvalidInputError(f"{path} holds results of kind {before['kind']!r}: give another file")
+            known = {key(row) for row in before["rows"]}
+            merged["rows"] = [*before["rows"], *(row for row in content["rows"] if key(row) not in known)]
+            commands = [*before["options"].get("commands", []), *content["options"].get("commands", [])]
+            merged["options"] = {**content["options"], "commands": list(dict.fromkeys(commands))}
+            if {**merged, "environment": before["environment"]} == before:
+                return merged  # nothing is new: the file stays as it is
+        write(path, merged)
+        return merged
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone among the processes that do the same; a process that ends lets go, however it ends."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InvalidInputError(f"cannot write to {folder}: {error.strerror}; give an existing directory") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read(path: Path) -> dict[str, Any]:

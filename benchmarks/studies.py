@@ -77,7 +77,8 @@ STUDIES: dict[str, Study] = {
             {"learn_steps": True},
             {"feature_weight": 90.0},
             {"student_optimizer": "adam", "lr_student": 1e-3, "weight_decay": 0.0},
-            {"lr_schedule": "cosine", "lr_warmup_steps": 50},
+            {"lr_schedule": "cosine"},
+            {"lr_warmup_steps": 50},
             {"low_pass": 0.5},
             {"crop": 2, "flip": True},
             {"soft_labels": 0.5},
@@ -86,6 +87,16 @@ STUDIES: dict[str, Study] = {
             {"replays": 1, "bank_batches": 0, "generator_ema": 0.99},
             {"spectral_norm": True},
         ),
+    ),
+    "efficientnet": Study(
+        "The hard case: linear bottlenecks and depthwise convolutions, at 224 pixels. For MODEL "
+        "benchmarks.teachers:efficientnet_lite0.",
+        (4, 6),
+        "adadfq_plus_imagenet",
+        {
+            **{"batch_size": 16, "epochs": 4, "steps_per_epoch": 40, "warmup_epochs": 1, "calibration_epochs": 1},
+            **{"replays": 2, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3},
+        },
     ),
 }
 

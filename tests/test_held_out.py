@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +186,33 @@ def test_a_teacher_without_batch_norm_is_refused() -> None:
 def test_logits_of_other_classes_are_refused(held_out: HeldOut) -> None:
     with pytest.raises(InvalidInputError, match=r"expected logits \[37, 10\] of the recipe's classes, got \[37, 4\]"):
         held_out.score(toy_teacher(4))
+
+
+def test_saved_images_are_the_same_ones(held_out: HeldOut, tmp_path: Path) -> None:
+    path = tmp_path / "held-out.pt"
+    held_out.save(path)
+    again = HeldOut.load(path, toy_teacher(), RECIPE)
+    assert again.digest == held_out.digest and len(again.digest) == 16 and again.seed == held_out.seed
+    assert torch.equal(again.labels, held_out.labels) and torch.equal(again.logits, held_out.logits)
+    student = adadfq.quantize(toy_teacher(), 3, 3)
+    student(held_out.images.float())
+    assert again.score(student) == held_out.score(student)
+    assert HeldOut(toy_teacher(), RECIPE, **SIZES, seed=1).digest != held_out.digest
+    assert [file.name for file in tmp_path.iterdir()] == ["held-out.pt"]
+
+
+def test_files_that_hold_no_images_are_refused(held_out: HeldOut, tmp_path: Path) -> None:
+    path = tmp_path / "held-out.pt"
+    path.write_bytes(b"no such file")
+    with pytest.raises(InvalidInputError, match="cannot be read as held-out images"):
+        HeldOut.load(path, toy_teacher(), RECIPE)
+    with pytest.raises(InvalidInputError, match="cannot be read as held-out images"):
+        HeldOut.load(tmp_path / "absent.pt", toy_teacher(), RECIPE)
+    torch.save({"images": held_out.images}, path)
+    with pytest.raises(InvalidInputError, match="holds no held-out images"):
+        HeldOut.load(path, toy_teacher(), RECIPE)
+    held_out.save(path)
+    with pytest.raises(InvalidInputError, match=r"holds images \[3, 8, 8\], the recipe's are \[3, 12, 12\]"):
+        HeldOut.load(path, toy_teacher(), RECIPE.replace(image_size=12))
+    with pytest.raises(InvalidInputError, match="has no BatchNorm"):
+        HeldOut.load(path, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), RECIPE)
