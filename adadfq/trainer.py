@@ -28,7 +28,7 @@ from adadfq.fusion import is_fused, with_features
 from adadfq.game import METRICS, REPLAY_METRICS, Game, draw_noise
 from adadfq.generator import build_generator
 from adadfq.metrics import MetricBuffer, MetricLog, Progress
-from adadfq.nn import QuantAct, QuantConv2d, frozen_ranges, set_calibrating, step_sizes
+from adadfq.nn import QuantAct, QuantConv2d, frozen_ranges, has_step, set_calibrating, step_sizes
 from adadfq.players import check_generator, check_network, check_players
 from adadfq.ranges import fix_weight_steps, shrink_act_ranges
 from adadfq.recipe import Recipe
@@ -92,6 +92,11 @@ class Trainer:
         if teacher is student or not module_bits(student):
             raise InvalidInputError(
                 "student must be a quantised model: adadfq.quantize(teacher, weight_bits, act_bits)"
+            )
+        if own := has_step(student):
+            raise InvalidInputError(
+                f"the student's quantisers must have no steps of their own, {own[0]} has: it was trained already; make "
+                "a new one with adadfq.quantize(), or call forget_step() on layers and learn_step(False) on activations"
             )
         info = quantized_info(student)
         if info is None and any(recipe.by_weight_bits.values()):

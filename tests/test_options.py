@@ -445,3 +445,11 @@ def test_more_epochs_on_resuming_would_be_another_cosine(tmp_path: Path) -> None
         _trainer(stop, lr_schedule="cosine").fit(tmp_path / "run")
     with pytest.raises(adadfq.CheckpointError, match="other settings \\(epochs\\)"):
         _trainer(lr_schedule="cosine", epochs=5).fit(tmp_path / "run", resume=True)
+
+
+def test_a_student_with_steps_of_its_own_is_refused() -> None:
+    teacher = toy_teacher()
+    student = adadfq.Trainer(teacher, adadfq.quantize(teacher, 3, 3), toy_recipe(learn_steps=True), progress=False)
+    trained = student.fit().student
+    with pytest.raises(adadfq.InvalidInputError, match="must have no steps of their own, conv1 has"):
+        adadfq.Trainer(teacher, trained, toy_recipe(), progress=False)
