@@ -177,10 +177,14 @@ def to_fake(trainer: Trainer) -> None:
     """
     import torch
 
+    from adadfq.nn import step_sizes
+
     game = trainer.game
     averaged = () if game.averaged is None else (game.averaged,)
     networks = (trainer.teacher, trainer.student, trainer.generator, game.teacher, game.student, *averaged)
     made = replace_tensors(*networks)
+    made |= {logarithm: _fake_like(logarithm) for logarithm in trainer.log_steps}
+    trainer.log_steps = [made[logarithm] for logarithm in trainer.log_steps]
     trainer.device, trainer.capture = torch.device("cuda"), False
     trainer.random = torch.Generator("cuda")
     optimizers = (trainer.optimizer_generator, trainer.optimizer_student)
@@ -193,7 +197,8 @@ def to_fake(trainer: Trainer) -> None:
                 group["capturable"] = True
     trainer.game = type(game)(game.teacher, game.student, trainer.generator, trainer.recipe, *optimizers, *averaged)
     if trainer.optimizer_steps is not None:
-        trainer.game.learn_steps(trainer.optimizer_steps)
+        pairs = zip(step_sizes(trainer.student), trainer.log_steps, strict=True)
+        trainer.game.learn_steps(list(pairs), trainer.optimizer_steps)
 
 
 def _fake_like(tensor: Any) -> Any:

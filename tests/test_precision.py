@@ -118,7 +118,7 @@ def test_adadfq_plus_in_bfloat16_is_near_float32s(fuse: bool) -> None:
         with _Convolutions() as seen:
             result = trainer.fit()
         assert (torch.bfloat16 in seen.dtypes) == (precision == "bfloat16")
-        assert all(step.dtype == torch.float32 for step in trainer.game.step_sizes) and trainer.game.step_sizes
+        assert {tensor.dtype for pair in trainer.game.log_steps for tensor in pair} == {torch.float32}
         runs.append((trainer.epoch_metrics, result.student.state_dict()))
     (epochs, student), (epochs16, student16) = runs
     for found, expected in zip(epochs16, epochs, strict=True):

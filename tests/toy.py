@@ -56,6 +56,6 @@ def toy_recipe(**overrides: object) -> Recipe:
 
 def plus_settings() -> dict[str, object]:
     """What recipe adadfq_plus changes of the method, without the length of its run."""
-    lengths = ("name", "source", "epochs", "warmup_epochs", "calibration_epochs", "by_weight_bits")
+    lengths = ("name", "source", "epochs", "warmup_epochs", "calibration_epochs", "lr_warmup_steps", "by_weight_bits")
     base, plus = Recipe().to_dict(), Recipe.named("adadfq_plus").to_dict()
     return {name: value for name, value in plus.items() if value != base[name] and name not in lengths}
