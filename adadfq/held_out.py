@@ -97,7 +97,7 @@ class HeldOut:
 
         Args:
             path: the file.
-            teacher: as of the constructor; usually the one that the images were made for.
+            teacher: float classifier, on the device where it is; usually the one that the images were made for.
             recipe: shapes, and the temperature of :meth:`score`.
 
         Raises:

@@ -216,12 +216,10 @@ def _ablation_line(group: Summary, base: Summary | None) -> list[str]:
     """Top-1 and the held-out measures, each with its difference to the base."""
 
     def against(difference: Callable[[Summary, Summary], tuple[float, float | None] | None], digits: int) -> str:
-        if base is None:
+        if base is None or (found := difference(group, base)) is None:
             return "-"
         if statistics.same(base, group):
             return "base"
-        if (found := difference(group, base)) is None:
-            return "-"
         return f"{found[0]:+.{digits}f}" + ("" if found[1] is None else f" ± {found[1]:.{digits}f}")
 
     agreement, loss = (
