@@ -76,19 +76,20 @@ ADADFQ_HD bool inside_range(float x, float scale, float lo, float hi) {
 // to x, and its factor for the step, d x_hat / d scale with the derivative of rounding taken for 1.
 // For NaN it does not pass and the factor is NaN.
 struct LearnedStep {
-  bool inside;
+  int32_t inside;  // as a bool GCC would keep it in memory, and no loop around it would vectorise
   float slope;
 };
 
+// `quotient` is x / scale where that rounds to a code, else it rounds beyond the same bound.
 ADADFQ_HD LearnedStep learned_step_of(float quotient, float lo, float hi) {
   const float whole = round_half_even(quotient);
-  const bool inside = (whole >= lo) & (whole <= hi);
-  const float slope = whole > hi ? hi : whole - quotient;
-  return {inside, whole < lo ? lo : slope};
+  const float code = clamp_keep_nan(whole, lo, hi);
+  const bool inside = code == whole;
+  return {inside, code - (inside ? quotient : 0.0f)};
 }
 
 ADADFQ_HD LearnedStep learned_step(float x, float scale, float lo, float hi) {
-  return learned_step_of(clamp_keep_nan(x / scale, lo - 1.0f, hi + 1.0f), lo, hi);
+  return learned_step_of(x / scale, lo, hi);
 }
 
 // A range narrower than float32's smallest normal number has scale 1 and zero point 0. A NaN or
