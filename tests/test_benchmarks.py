@@ -984,7 +984,8 @@ def test_pytest_runs_benchmarks_only_when_asked() -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only", "--threads", "1"]
     command += ["-p", "no:cacheprovider", "--ops", "margin_loss", "--filter", "tiny", "--providers", "adadfq*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 

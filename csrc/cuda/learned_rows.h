@@ -98,7 +98,7 @@ __device__ __forceinline__ double learned_row(const T* grad, const T* x, T* grad
 }
 
 template <typename T, int kTensors>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     learned_rows_kernel(const __grid_constant__ Table<kTensors, LearnedRows> table) {
   const int tensor = tensor_of(table, blockIdx.x);
   const LearnedRows& rows = table.tensors[tensor];

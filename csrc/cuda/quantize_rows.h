@@ -178,7 +178,7 @@ __device__ __forceinline__ void quantize_row(const T* x, T* out, float* scale, i
 }
 
 template <typename T, int kTensors, bool given>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, given ? 2 : 4)
     quantize_rows_kernel(const __grid_constant__ Table<kTensors> table) {
   const int tensor = tensor_of(table, blockIdx.x);
   const RowTensor& rows = table.tensors[tensor];
