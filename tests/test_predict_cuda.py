@@ -211,7 +211,7 @@ def test_predictions(module: Path, tmp_path: Path) -> None:
     result = run("--module", str(module), *FILTERS, "--json", str(path))
     assert result.exit_code == 0, result.output
     content = store.read(path)
-    assert content["options"]["backend"] == "cuda" and len(content["rows"]) == 6
+    assert content["options"]["backend"] == "cuda" and len(content["rows"]) == 4
     for row in content["rows"]:
         (launch,) = row["launches"]
         assert launch["kernel"].startswith("elementwise_kernel<(Walk)")
