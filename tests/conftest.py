@@ -19,6 +19,13 @@ from adadfq.ops import dispatch
 # The tests' tensors are too small to share between threads; those about threads set their own number.
 torch.set_num_threads(1)
 
+#: Files of few tests that take minutes: two processes share the rest better when these come first.
+SLOW_FILES = ("test_triton.py", "test_cuda_emulated.py", "test_triton_compiled.py", "test_sanitize.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
+
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
