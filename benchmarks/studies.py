@@ -46,6 +46,23 @@ STUDIES: dict[str, Study] = {
     "plus": Study(
         "The recipe adadfq_plus, over as many steps.", (3, 4, 5), "adadfq_plus", {"epochs": 40, "steps_per_epoch": 200}
     ),
+    "parts": Study(
+        "What is each part of adadfq_plus worth within it? Each is left out alone.",
+        (3,),
+        "adadfq_plus",
+        {"epochs": 12, "steps_per_epoch": 200},
+        (
+            {},
+            {"gamma": 1.0},
+            {"crop": 0, "flip": False},
+            {"feature_weight": 90.0},
+            {"feature_weight": 0.0},
+            {"learn_steps": False},
+            {"act_range": "minmax"},
+            {"weight_range": "minmax"},
+            {"replays": 1},
+        ),
+    ),
     "losses": Study(
         "What is each term of the generator's loss worth? Without L_ds, without L_as, without the margin, without "
         "L_bns.",
@@ -76,6 +93,8 @@ STUDIES: dict[str, Study] = {
             {"act_range": "mse"},
             {"learn_steps": True},
             {"feature_weight": 90.0},
+            {"feature_weight": 1000.0},
+            {"gamma": 10.0},
             {"student_optimizer": "adam", "lr_student": 1e-3, "weight_decay": 0.0},
             {"lr_schedule": "cosine"},
             {"lr_warmup_steps": 50},

@@ -52,6 +52,8 @@ PAPER: dict[str, Any] = {
     "learn_steps": False,
     "lr_steps": 1e-3,
     "feature_weight": 0.0,
+    "crop": 0,
+    "flip": False,
     "lr_schedule": "step",
     "lr_warmup_steps": 0,
 }
@@ -99,6 +101,17 @@ def settled(recipe: Mapping[str, Any], weight_bits: int) -> dict[str, Any]:
         if settings[name] not in known:
             raise Unknown(f"the recipe's {name} {settings[name]!r} is not written in tests/oracle_step.py")
     return settings
+
+
+class Batch(NamedTuple):
+    """What is drawn for a generated batch of B images."""
+
+    noise: Tensor
+    labels: Tensor
+    #: (top, left) of each image's crop in the padded image; of an image that is not cropped (0, 0).
+    places: list[tuple[int, int]]
+    #: Of each image.
+    flipped: list[bool]
 
 
 class Phase(NamedTuple):
@@ -505,14 +518,27 @@ class OracleTraining:
         fixed = settings["learn_steps"] or settings["weight_range"] != "minmax"
         return RANGE_BATCHES * (settings["act_range"] != "minmax") + fixed
 
-    def begin_student(self, batches: list[tuple[Tensor, Tensor]], edges: Edges) -> None:
+    def shown(self, images: Tensor, batch: Batch) -> Tensor:
+        """Padded by zeros, cropped back, and flipped left to right: what the networks see of generated images."""
+        margin, size = self.settings["crop"], images.shape[2]
+        seen = []
+        for image, (top, left), flipped in zip(images, batch.places, batch.flipped, strict=True):
+            padded = image.new_zeros(len(image), size + 2 * margin, size + 2 * margin)
+            padded[:, margin : margin + size, margin : margin + size] = image
+            cropped = padded[:, top : top + size, left : left + size]
+            seen.append(torch.stack(cropped.unbind(2)[::-1], 2) if flipped else cropped)
+        return torch.stack(seen)
+
+    def begin_student(self, batches: list[Batch], edges: Edges) -> None:
         """The student's training starts and its ranges stand still: set what keeps a step of its own."""
         settings, images = self.settings, []
         with torch.no_grad():
-            for noise, labels in batches:
-                made, statistics = generate(settings["generator"], self.generator, noise.double(), labels, edges)
+            for batch in batches:
+                made, statistics = generate(
+                    settings["generator"], self.generator, batch.noise.double(), batch.labels, edges
+                )
                 self.generator.update(statistics)
-                images.append(made)
+                images.append(self.shown(made, batch))
             if settings["act_range"] == "mse":
                 for range_ in self.ranges:
                     range_.errors = torch.zeros(len(SHARES), dtype=torch.float64)
@@ -529,8 +555,8 @@ class OracleTraining:
             self.student.update({f"range {i}.scale": range_.scale for i, range_ in enumerate(self.ranges)})
             self.adam_steps = Adam(_step_sizes(self.student), STUDENT_BETAS)
 
-    def step(self, noise: Tensor, labels: Tensor, looked_at: list[tuple[Tensor, Tensor]]) -> Step:
-        """One step on this noise and these labels; `looked_at` are the batches of :meth:`looks` before it."""
+    def step(self, batch: Batch, looked_at: list[Batch]) -> Step:
+        """One step on this batch; `looked_at` are those of :meth:`looks` before it."""
         settings, now, edges = self.settings, phase(self.settings, self.steps), Edges()
         assert len(looked_at) == self.looks()
         if looked_at:
@@ -543,17 +569,18 @@ class OracleTraining:
             student.update(step_sizes)
 
         images, statistics = generate(
-            settings["generator"], {**self.generator, **generator}, noise.double(), labels, edges
+            settings["generator"], {**self.generator, **generator}, batch.noise.double(), batch.labels, edges
         )
+        shown = self.shown(images, batch)
         watching = Teacher(self.teacher, edges)
-        t = self.network(watching, images)
+        t = self.network(watching, shown)
         quantised = Student({**self.student, **student}, edges, self.bits, self.ranges, now.moves_ranges)
-        q = self.network(quantised, images)
+        q = self.network(quantised, shown)
 
         total, margin, disagreement, agreement, h_prime = oracle.margin_loss(
             t,
             q,
-            labels,
+            batch.labels,
             settings["lambda_l"],
             settings["lambda_u"],
             settings["alpha_ds"],

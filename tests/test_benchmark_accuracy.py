@@ -133,7 +133,7 @@ def test_a_row_is_what_the_trainer_gives(trained: Path) -> None:
     images, labels = digits.load_images(held_out=True)
     assert digits.accuracy(student, images[:IMAGES], labels[:IMAGES]) == pytest.approx(row["accuracy"])
     # The measures without data are of the teacher's shape alone, not of the run.
-    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits"), **FEW).score(student)
+    held_out = adadfq.HeldOut(teacher, adadfq.Recipe.named("digits", gamma=held_out_images.GAMMA), **FEW).score(student)
     assert held_out["agreement"] == pytest.approx(row["held_out_agreement"][-1])
     assert held_out["loss"] == pytest.approx(row["held_out_loss"][-1])
     assert held_out["kl"] == pytest.approx(row["held_out_kl"][-1])

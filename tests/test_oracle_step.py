@@ -16,7 +16,7 @@ from typing import Any
 import oracle_step
 import pytest
 import torch
-from oracle_step import OracleTraining, Step
+from oracle_step import Batch, OracleTraining, Step
 from torch import Tensor, nn
 from torch.nn import functional as torch_F
 
@@ -145,6 +145,8 @@ def _widths(name: str) -> list[int]:
     return [next(bits for bits in (WEIGHT_BITS, 6, 7, 8) if bits not in named), *named]
 
 
+#: Where H' of the usual seed's batches does not reach both bounds.
+SEEDS = {"adadfq_plus": 10}
 EVERY_RECIPE = [(name, bits) for name in Recipe.names() for bits in _widths(name)]
 
 
@@ -178,7 +180,7 @@ class _Recorded:
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
-        self.inputs: list[tuple[Tensor, Tensor]] = []
+        self.inputs: list[Batch] = []
 
     def tap(self, x: Tensor, where: str) -> Tensor:
         """`x` under another name, whose gradient is kept."""
@@ -186,6 +188,11 @@ class _Recorded:
         if tapped.requires_grad:
             tapped.register_hook(lambda grad: self.gradients.__setitem__(where, grad.detach().clone()))
         return tapped
+
+
+def _unmoved(noise: Tensor, labels: Tensor) -> Batch:
+    """A batch neither cropped nor flipped."""
+    return Batch(noise, labels, [(0, 0)] * len(labels), [False] * len(labels))
 
 
 class _Watch:
@@ -204,13 +211,30 @@ class _Watch:
         trainer.generator.register_forward_hook(
             lambda module, args, images: self.seen.tap(images, "loss_generator at images")
         )
+        self._shown = trainer.game.transform.__call__
+        if not trainer.game.transform.is_identity:
+            monkeypatch.setattr(adadfq.game.Transform, "__call__", lambda transform, *args: self._transform(*args))
         self._losses(monkeypatch, adadfq.game.functional)
         self._step = trainer.game.step
         trainer.game.step = self._compared  # type: ignore[method-assign]
 
     def _inputs(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        self.seen.inputs.append((args[0].double(), args[1].clone()))
-        return self.seen.inputs[-1]
+        noise, labels = args[0].double(), args[1].clone()
+        self.seen.inputs.append(_unmoved(noise, labels))
+        return noise, labels
+
+    def _transform(self, images: Tensor, random: torch.Generator) -> Tensor:
+        """Keep what the transform is about to draw: first all tops, then all lefts, then the flips."""
+        again = torch.Generator().set_state(random.get_state())
+        recipe, batch = self.trainer.recipe, len(images)
+        changes: dict[str, Any] = {}
+        if recipe.crop:
+            tops, lefts = torch.randint(2 * recipe.crop + 1, (2, batch, 1), generator=again).squeeze(2).tolist()
+            changes["places"] = list(zip(tops, lefts, strict=True))
+        if recipe.flip:
+            changes["flipped"] = (torch.rand(batch, generator=again) < 0.5).tolist()
+        self.seen.inputs[-1] = self.seen.inputs[-1]._replace(**changes)
+        return self._shown(images, random)
 
     def _losses(self, monkeypatch: pytest.MonkeyPatch, functional: Any) -> None:
         """Keep what the step's metrics round to float32."""
@@ -264,7 +288,7 @@ class _Watch:
 
         (inputs,) = self.seen.inputs
         self.seen.inputs = []
-        want = self.training.step(*inputs, looked_at)
+        want = self.training.step(inputs, looked_at)
         self.steps.append(want)
         step = f"step {len(self.steps) - 1}"
         assert want.edges.nearest > NEAREST_EDGE, (
@@ -285,7 +309,7 @@ class _Watch:
             _compare_all(f"{step}, {name}'s gradient of", got, gradients, floor=floor)
             _compare_all(f"{step}, {name}'s new", _network_state(model), state, tolerance)
         self._compare_ranges(step, want)
-        self._compare_metrics(step, metrics, inputs[1], want)
+        self._compare_metrics(step, metrics, inputs.labels, want)
         sizes = {name: value for name, value in _network_state(trainer.student).items() if name.endswith("scale")}
         self.training.adopt_step_sizes(sizes)
         return metrics
@@ -355,7 +379,7 @@ def _players(
         student.linear.bias.add_((teacher(images) - copy.deepcopy(student)(images)).mean(0))
     states = teacher.state_dict(), _network_state(student), generator.state_dict()
     training = OracleTraining(settings, *NETWORKS[network][1:], *states, weight_bits, act_bits)
-    return Trainer(teacher, student, recipe, generator, seed=3, progress=False, **options), training
+    return Trainer(teacher, student, recipe, generator, **{"seed": 3, "progress": False, **options}), training
 
 
 @pytest.fixture
@@ -402,7 +426,8 @@ def test_every_step_of_a_recipe_equals_the_oracle(
     play: Callable[..., list[Step]], name: str, bits: int, fuse: bool
 ) -> None:
     settings, recipe = _condensed(name, bits)
-    steps = play("bottleneck" if "mobilenet" in name else "residual", recipe, settings, bits, fuse=fuse)
+    network = "bottleneck" if "mobilenet" in name else "residual"
+    steps = play(network, recipe, settings, bits, fuse=fuse, seed=SEEDS.get(name, 3))
     phases = [step.phase for step in steps]
     assert len(phases) == settings["epochs"] * STEPS_PER_EPOCH
     assert sum(phase.moves_ranges for phase in phases) >= 2
@@ -496,11 +521,11 @@ def test_every_step_beyond_the_paper_equals_the_oracle(play: Callable[..., list[
 def test_a_float32_trainer_follows_the_oracle(backend: str, fuse: bool) -> None:
     """As users run it, nothing cast or replaced, over a whole schedule: learning rates, updates, ranges and losses."""
     settings, recipe = _condensed("cifar10_resnet20", 4)
-    inputs: list[tuple[Tensor, Tensor]] = []
+    inputs: list[Batch] = []
     steps: list[Step] = []
 
     def compare(epoch: int, trainer: Trainer) -> None:
-        steps.extend(training.step(*inputs.pop(0), []) for _ in range(STEPS_PER_EPOCH))
+        steps.extend(training.step(inputs.pop(0), []) for _ in range(STEPS_PER_EPOCH))
         last = steps[-1]
         for model, optimizer, lr, start, end in (
             (trainer.generator, trainer.optimizer_generator, last.phase.lr_generator, generator, last.generator),
@@ -518,7 +543,7 @@ def test_a_float32_trainer_follows_the_oracle(backend: str, fuse: bool) -> None:
 
     trainer, training = _players("residual", recipe, settings, 4, fuse=fuse, on_epoch_end=compare)
     generator, student = dict(training.generator), dict(training.student)
-    trainer.generator.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    trainer.generator.register_forward_pre_hook(lambda module, args: inputs.append(_unmoved(*args)))
     result = trainer.fit()
     assert len(steps) == settings["epochs"] * STEPS_PER_EPOCH
     for name, got in result.metrics.items():
