@@ -194,12 +194,11 @@ class Game:
             # No gradient path into the student's weights while they do not train.
             with _requires_grad(self.student_parameters, train_student):
                 student_logits, student_features = self._outputs(self.student, images)
+            targets = self._targets(images, teacher_logits)
         loss_bns = self.bn_match.loss()
         logits_loss = self._logits_loss(teacher_logits, student_logits, labels)
         loss_generator = logits_loss.total + recipe.gamma * loss_bns
-        loss_student, loss_features = self._student_loss(
-            teacher_logits, teacher_features, student_logits, student_features
-        )
+        loss_student, loss_features = self._student_loss(targets, teacher_features, student_logits, student_features)
 
         # Asking for one player's parameters alone keeps autograd from computing the other's weight gradients. The
         # generator's come last: from then on every layer's memory is free as soon as its gradient is through.
@@ -209,7 +208,7 @@ class Game:
         if train_student:
             self._update_student()
             if self.bank is not None:
-                self.bank.store(images, teacher_logits, teacher_features)
+                self.bank.store(images, targets, teacher_features)
         self.optimizer_generator.step()
         self._follow_generator()
 
@@ -242,16 +241,14 @@ class Game:
         """
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
             if self.bank is not None:
-                images, teacher_logits, teacher_features = self.bank.draw(random)
+                images, targets, teacher_features = self.bank.draw(random)
             else:
-                images, teacher_logits, teacher_features = self._new_batch(random)
+                images, targets, teacher_features = self._new_batch(random)
             student_logits, student_features = self._outputs(self.student, images)
-        loss_student, loss_features = self._student_loss(
-            teacher_logits, teacher_features, student_logits, student_features
-        )
+        loss_student, loss_features = self._student_loss(targets, teacher_features, student_logits, student_features)
         _set_gradients(self.student_parameters, loss_student, keep_graph=False)
         self._update_student()
-        agreement = (teacher_logits.argmax(1) == student_logits.argmax(1)).float().mean()
+        agreement = (targets.argmax(1) == student_logits.argmax(1)).float().mean()
         nothing = torch.full_like(agreement, torch.nan)
         found = dict(zip(REPLAY_METRICS, (loss_student, loss_features, agreement), strict=True))
         return torch.stack([found.get(name, nothing).detach().float() for name in METRICS])
@@ -261,13 +258,23 @@ class Game:
         noise, labels = draw_noise(self.recipe, random)
         generator = self.generator if self.averaged is None else self.averaged
         images = self.images(noise, labels, random, generator)
-        return images, *self._outputs(self.teacher, images)
+        teacher_logits, teacher_features = self._outputs(self.teacher, images)
+        return images, self._targets(images, teacher_logits), teacher_features
 
     def _outputs(self, network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         if not self.recipe.feature_weight:
             return network(images), []
         logits, features = network(images)
         return logits, features
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
+        """What the student's logits learn, [B, K]: the teacher's, or their mean with those of the mirror images."""
+        if not self.recipe.mirror_teacher:
+            return teacher_logits
+        mirrored, _ = self._outputs(self.teacher, images.flip(3).contiguous(memory_format=torch.channels_last))
+        dtype = compute_dtype(teacher_logits.dtype)
+        return (teacher_logits.to(dtype) + mirrored.to(dtype)) / 2
 
     def _logits_loss(self, teacher: Tensor, student: Tensor, labels: Tensor) -> functional.MarginLoss:
         """L_margin + beta (alpha_ds L_ds + alpha_as L_as), the latter two with soft labels where the recipe asks."""

@@ -50,6 +50,7 @@ class HeldOut:
         images: float16 [N, C, S, S], normalised as the teacher's input.
         labels: the classes they were made for, int64 [N].
         logits: the teacher's on them, float32 [N, K].
+        mirrored_logits: their mean with those on the mirror images (left to right), float32 [N, K].
 
     Raises:
         InvalidInputError: the teacher has no BatchNorm, does not fit the recipe or is not finite, or more images are
@@ -79,7 +80,7 @@ class HeldOut:
         shares = [images // GENERATORS + (i < images % GENERATORS) for i in range(GENERATORS)]
         kept = [self._generate(i, share, steps, batch_size) for i, share in enumerate(shares) if share]
         self.images, self.labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        self.logits = self._teachers_logits()
+        self._ask_teacher()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write images and labels, whole or not at all; :meth:`load` reads them.
@@ -120,7 +121,7 @@ class HeldOut:
         held_out.seed = content["seed"]
         held_out._take(teacher, recipe)
         held_out.images, held_out.labels = images.to(held_out._device), labels.to(held_out._device)
-        held_out.logits = held_out._teachers_logits()
+        held_out._ask_teacher()
         return held_out
 
     @property
@@ -135,13 +136,16 @@ class HeldOut:
         frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
         self._teacher = frozen if is_fused(frozen) else _fused(frozen)
 
-    def _teachers_logits(self) -> Tensor:
-        """Of `images`, float32 [N, K]."""
+    def _ask_teacher(self) -> None:
+        self.logits = self._teachers_logits(self.images)
+        self.mirrored_logits = (self.logits + self._teachers_logits(self.images.flip(3))) / 2
+
+    def _teachers_logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             found = torch.cat(
                 [
                     _checked(self._teacher(_ready(x, self._device)), len(x), self.recipe).float()
-                    for x in self.images.split(BATCH)
+                    for x in images.split(BATCH)
                 ]
             )
         if not bool(found.isfinite().all()):
@@ -194,29 +198,45 @@ class HeldOut:
         Returns:
             ``agreement``: images, in percent, of which both name the same class; one whose logits hold a NaN agrees
             with nothing. ``loss``: mean L_Q at the recipe's temperature, in nats, between -T^2 log K (q = t up to a
-            constant) and 0. ``kl``: mean KL(softmax(t) || softmax(q)), in nats.
+            constant) and 0. ``kl``: mean KL(softmax(t) || softmax(q)), in nats. ``mirrored_agreement`` and
+            ``mirrored_kl``: the same of `mirrored_logits` in place of t, which students of recipes with
+            ``mirror_teacher`` learn.
 
         Raises:
             InvalidInputError: the logits are not [B, K].
         """
         device = next((p.device for p in student.parameters()), self._device)
         modes = [(module, module.training) for module in student.modules()]
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
         student.eval()
         try:
             with frozen_ranges(student), torch.no_grad():
-                for batch, logits in zip(self.images.split(BATCH), self.logits.split(BATCH), strict=True):
-                    teacher = logits.to(device)
+                for batch, *targets in zip(
+                    *(tensor.split(BATCH) for tensor in (self.images, self.logits, self.mirrored_logits)), strict=True
+                ):
+                    teacher, mirrored = (target.to(device) for target in targets)
                     theirs = _checked(student(_ready(batch, device)), len(batch), self.recipe).float()
-                    same = (teacher.argmax(1) == theirs.argmax(1)) & ~theirs.isnan().any(1)
                     loss = functional.entropy_distillation(teacher, theirs, self.recipe.temperature)
-                    kl = F.kl_div(theirs.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
-                    sums += torch.stack([same.sum().double(), loss.double() * len(batch), kl.double()])
+                    measures = [*_nearness(teacher, theirs), *_nearness(mirrored, theirs), loss.double() * len(batch)]
+                    sums += torch.stack(measures)
         finally:
             for module, training in modes:
                 module.training = training
-        agreement, loss_sum, kl_sum = (sums / len(self)).tolist()
-        return {"agreement": 100 * agreement, "loss": loss_sum, "kl": kl_sum}
+        agreement, kl, mirrored_agreement, mirrored_kl, loss = (sums / len(self)).tolist()
+        return {
+            "agreement": 100 * agreement,
+            "loss": loss,
+            "kl": kl,
+            "mirrored_agreement": 100 * mirrored_agreement,
+            "mirrored_kl": mirrored_kl,
+        }
+
+
+def _nearness(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Over a batch, of how many both name the same class, and the sum of KL(softmax(t) || softmax(q))."""
+    same = (teacher.argmax(1) == student.argmax(1)) & ~student.isnan().any(1)
+    kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
+    return same.sum().double(), kl.double()
 
 
 def _seed(seed: int, index: int) -> int:

@@ -112,6 +112,11 @@ class Recipe:
     low_pass: float = _setting(0.0, "deviation in pixels of a Gaussian low-pass on generated images; 0: none")
     crop: int = _setting(0, "generated images are padded by as many pixels and cropped at random; 0: not")
     flip: bool = _setting(False, "generated images are flipped left to right at random")
+    mirror_teacher: bool = _setting(
+        False,
+        "the student learns the mean of the teacher's logits on each image and on its mirror image, for classes that "
+        "are the same from left and right; a forward of the teacher more",
+    )
     soft_labels: float = _setting(
         0.0,
         "where the teacher gives the label a smaller probability than this, its own probabilities are the target of "

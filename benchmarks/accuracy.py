@@ -31,6 +31,9 @@ Row = dict[str, Any]
 #: Who trains: this project, or the authors' code.
 OURS, AUTHORS = "adadfq", "authors"
 
+#: What :meth:`adadfq.HeldOut.score` gives.
+SIGNALS = ("agreement", "loss", "kl", "mirrored_agreement", "mirrored_kl")
+
 #: Fields that tell runs apart. The commit is not among them: a grid goes on after a change elsewhere.
 IDENTITY = (
     *("player", "model", "weights_sha256", "data", "images", "recipe", "weight_bits", "act_bits", "settings", "seed"),
@@ -226,7 +229,7 @@ def _result(run: Run, scorer: _Scorer, trainer: Any, fit: Callable[[], None]) ->
         "accuracy": scorer.accuracies[-1] if error is None else None,
         # As warm-up leaves it: weights untouched, min/max ranges of generated images, which no longer move.
         "round_to_nearest": scorer.accuracies[0] if nearest and scorer.accuracies else None,
-        **{f"held_out_{name}": [found[name] for found in scorer.signals] for name in ("agreement", "loss", "kl")},
+        **{f"held_out_{name}": [found[name] for found in scorer.signals] for name in SIGNALS},
         "train_seconds": sum(scorer.epoch_seconds),
         "epoch_seconds": scorer.epoch_seconds,
         "epoch_cpu_seconds": scorer.epoch_cpu_seconds,

@@ -73,6 +73,7 @@ OFF: dict[str, Any] = {
     "low_pass": 0.0,
     "crop": 0,
     "flip": False,
+    "mirror_teacher": False,
     "soft_labels": 0.0,
     "replays": 0,
     "bank_batches": 64,

@@ -175,6 +175,8 @@ OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "held_out_agreement": (list,),
         "held_out_loss": (list,),
         "held_out_kl": (list,),
+        "held_out_mirrored_agreement": (list,),
+        "held_out_mirrored_kl": (list,),
         "held_out_digest": (str, NoneType),  # of those images: values of the same ones compare
         "base_digest": (str, NoneType),  # the recipe_digest without what the grid varies
         "warmup_epochs": (int,),

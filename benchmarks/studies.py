@@ -100,6 +100,7 @@ STUDIES: dict[str, Study] = {
             {"lr_warmup_steps": 50},
             {"low_pass": 0.5},
             {"crop": 2, "flip": True},
+            {"mirror_teacher": True},
             {"soft_labels": 0.5},
             {"replays": 1},
             {"replays": 1, "bank_batches": 0},

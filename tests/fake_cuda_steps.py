@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "feature_weight": {"feature_weight": 3.0},
     "low_pass": {"low_pass": 0.5},
     "crop and flip": {"crop": 1, "flip": True},
+    "mirror_teacher": {"mirror_teacher": True},
     "soft_labels": {"soft_labels": 0.5},
     "bank": {"replays": 1, "bank_batches": 2},
     "no bank": {"replays": 1, "bank_batches": 0},

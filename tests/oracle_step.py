@@ -54,6 +54,7 @@ PAPER: dict[str, Any] = {
     "feature_weight": 0.0,
     "crop": 0,
     "flip": False,
+    "mirror_teacher": False,
     "lr_schedule": "step",
     "lr_warmup_steps": 0,
 }
@@ -592,7 +593,12 @@ class OracleTraining:
             edges.add(f"H' at {name}", h_prime - settings[name])
         statistics_loss = sum(watching.statistics_losses) / len(watching.statistics_losses)
         loss_generator = total + settings["gamma"] * statistics_loss
-        loss_logits = oracle.student_loss(t.detach(), q, settings["temperature"])
+        target = t.detach()
+        if settings["mirror_teacher"]:
+            with torch.no_grad():
+                mirrored = torch.stack(shown.unbind(3)[::-1], 3)
+                target = 0.5 * target + 0.5 * self.network(Teacher(self.teacher, edges), mirrored)
+        loss_logits = oracle.student_loss(target, q, settings["temperature"])
         errors = [
             (theirs.detach() - ours).square().sum() / theirs.detach().square().sum()
             for theirs, ours in zip(watching.features, quantised.features, strict=True)

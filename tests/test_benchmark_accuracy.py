@@ -36,7 +36,7 @@ from benchmarks import (
     teachers,
 )
 from benchmarks.__main__ import main
-from benchmarks.accuracy import summarize
+from benchmarks.accuracy import SIGNALS, summarize
 from benchmarks.accuracy_grid import Grid, parse_bits, parse_settings
 from benchmarks.authors_training import AuthorsTraining
 
@@ -110,7 +110,7 @@ def test_rows(trained: Path) -> None:
         assert row["images"] == IMAGES and row["status"] == "ok"
         assert (row["steps"], row["images_seen"]) == (12, 96)
         assert len(row["accuracies"]) == 3  # after the last epoch of warm-up and both later ones
-        assert [len(row[f"held_out_{name}"]) for name in ("agreement", "loss", "kl")] == [3] * 3
+        assert [len(row[f"held_out_{name}"]) for name in SIGNALS] == [3] * len(SIGNALS)
         assert all(0 <= value <= 100 for value in row["held_out_agreement"]) and min(row["held_out_kl"]) > 0
         assert row["player"] == "adadfq" and len(row["losses_student"]) == len(row["epoch_cpu_seconds"]) == 4
         assert sum(row["epoch_seconds"]) == pytest.approx(row["train_seconds"]) and min(row["epoch_cpu_seconds"]) > 0

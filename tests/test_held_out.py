@@ -114,6 +114,13 @@ def test_scores_against_a_plain_calculation(held_out: HeldOut) -> None:
     assert found["agreement"] == pytest.approx(100 * float((t.argmax(1) == q.argmax(1)).double().mean()))
     assert found["loss"] == pytest.approx(float(16 * (p * p.log()).sum(1).mean()), rel=1e-5)
     assert found["kl"] == pytest.approx(float((t.softmax(1) * (t.log_softmax(1) - q.log_softmax(1))).sum(1).mean()))
+    with torch.no_grad():
+        mirrored = (t + toy_teacher()(held_out.images.float().flip(3)).double()) / 2
+    torch.testing.assert_close(held_out.mirrored_logits.double(), mirrored, rtol=1e-5, atol=1e-5)
+    expected_kl = (mirrored.softmax(1) * (mirrored.log_softmax(1) - q.log_softmax(1))).sum(1).mean()
+    same = (mirrored.argmax(1) == q.argmax(1)).double().mean()
+    assert found["mirrored_agreement"] == pytest.approx(100 * float(same))
+    assert found["mirrored_kl"] == pytest.approx(float(expected_kl), rel=1e-5)
     of_teacher = held_out.score(toy_teacher())
     assert of_teacher["agreement"] == 100 and of_teacher["loss"] == pytest.approx(-16 * math.log(10), rel=1e-6)
     assert of_teacher["kl"] == pytest.approx(0, abs=1e-6)

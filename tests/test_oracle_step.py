@@ -505,6 +505,7 @@ BEYOND = {
             "lr_schedule": "cosine",
         },
     ),
+    "mirrored teacher": ("residual", {"mirror_teacher": True, "flip": True}),
 }
 
 
