@@ -28,7 +28,10 @@ class Transform:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._crop, self._flip = recipe.crop, recipe.flip
-        self._blur = _gaussian(recipe.low_pass, recipe.image_size, device) if recipe.low_pass > 0 else None
+        self._device = device
+        self._blur = _gaussian(recipe.low_pass, recipe.image_size) if recipe.low_pass > 0 else None
+        #: The same where the images are, by their dtype.
+        self._blurs: dict[torch.dtype, Tensor] = {}
 
     @property
     def is_identity(self) -> bool:
@@ -39,7 +42,9 @@ class Transform:
         """Transform [B, C, H, W], with places and flips drawn from `random`, a generator on the images' device."""
         if self._blur is not None:
             # Row by row, then column by column: the Gaussian is a product.
-            blur = self._blur.to(images.dtype)
+            if images.dtype not in self._blurs:
+                self._blurs[images.dtype] = self._blur.to(self._device, images.dtype)
+            blur = self._blurs[images.dtype]
             images = blur @ images @ blur.T
         if self._crop:
             images = _crop(images, self._crop, random)
@@ -49,15 +54,15 @@ class Transform:
         return images
 
 
-def _gaussian(deviation: float, size: int, device: torch.device) -> Tensor:
-    """Matrix [size, size] that filters a column of pixels, cut off at three deviations; rows sum to 1.
+def _gaussian(deviation: float, size: int) -> Tensor:
+    """Matrix [size, size], float64 on the CPU, that filters a column of pixels, cut off at three deviations.
 
-    A matrix, for the gradient of padding with repeated edges would sum in any order on a GPU.
+    Rows sum to 1. A matrix, for the gradient of padding with repeated edges would sum in any order on a GPU.
     """
     radius = math.ceil(3 * deviation)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=device)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
     kernel = torch.exp(-0.5 * (offsets / deviation).square())
-    rows = torch.arange(size, device=device)
+    rows = torch.arange(size, device="cpu")
     sources = (rows[:, None] + offsets.long()).clamp(0, size - 1)
     return ((sources[:, :, None] == rows) * (kernel / kernel.sum())[:, None]).sum(1)
 

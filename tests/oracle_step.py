@@ -55,6 +55,8 @@ PAPER: dict[str, Any] = {
     "crop": 0,
     "flip": False,
     "mirror_teacher": False,
+    "low_pass": 0.0,
+    "soft_labels": 0.0,
     "lr_schedule": "step",
     "lr_warmup_steps": 0,
 }
@@ -412,6 +414,17 @@ def generate(
     return x, statistics
 
 
+def low_passed(images: Tensor, deviation: float, dim: int) -> Tensor:
+    """A Gaussian of that deviation in pixels along `dim`, cut off beyond three of them, the last pixels repeated."""
+    radius, size = math.ceil(3 * deviation), images.shape[dim]
+    weights = [math.exp(-0.5 * (offset / deviation) ** 2) for offset in range(-radius, radius + 1)]
+    sums = []
+    for place in range(size):
+        pixels = [images.select(dim, min(max(place + k - radius, 0), size - 1)) for k in range(len(weights))]
+        sums.append(sum(weight * pixel for weight, pixel in zip(weights, pixels, strict=True)) / sum(weights))
+    return torch.stack(sums, dim)
+
+
 def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(value) for name, value in parameters.items()}
 
@@ -520,8 +533,10 @@ class OracleTraining:
         return RANGE_BATCHES * (settings["act_range"] != "minmax") + fixed
 
     def shown(self, images: Tensor, batch: Batch) -> Tensor:
-        """Padded by zeros, cropped back, and flipped left to right: what the networks see of generated images."""
+        """Low-passed, padded by zeros, cropped back, and flipped left to right: what the networks see of images."""
         margin, size = self.settings["crop"], images.shape[2]
+        if self.settings["low_pass"]:
+            images = low_passed(low_passed(images, self.settings["low_pass"], 2), self.settings["low_pass"], 3)
         seen = []
         for image, (top, left), flipped in zip(images, batch.places, batch.flipped, strict=True):
             padded = image.new_zeros(len(image), size + 2 * margin, size + 2 * margin)
@@ -589,6 +604,15 @@ class OracleTraining:
             settings["beta"],
             settings["detach_min"],
         )
+        if settings["soft_labels"]:
+            p = t.detach().softmax(1)
+            of_label = p[torch.arange(len(p)), batch.labels]
+            edges.add("p(label) at soft_labels", of_label - settings["soft_labels"])
+            hard = torch.eye(p.shape[1], dtype=p.dtype)[batch.labels]
+            targets = torch.where((of_label < settings["soft_labels"])[:, None], p, hard)
+            disagreement, agreement = (-(targets * x.log_softmax(1)).sum(1).mean() for x in (t - q, t + q))
+            cross_entropies = settings["alpha_ds"] * disagreement + settings["alpha_as"] * agreement
+            total = margin + settings["beta"] * cross_entropies
         for name in ("lambda_l", "lambda_u"):
             edges.add(f"H' at {name}", h_prime - settings[name])
         statistics_loss = sum(watching.statistics_losses) / len(watching.statistics_losses)

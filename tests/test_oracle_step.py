@@ -238,17 +238,13 @@ class _Watch:
 
     def _losses(self, monkeypatch: pytest.MonkeyPatch, functional: Any) -> None:
         """Keep what the step's metrics round to float32."""
-        margin_loss, entropy_distillation = functional.margin_loss, functional.entropy_distillation
+        logits_loss, entropy_distillation = self.trainer.game._logits_loss, functional.entropy_distillation
         feature_loss = adadfq.game.feature_loss
 
-        def margin(t: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def of_logits(t: Tensor, q: Tensor, labels: Tensor) -> Any:
             seen = self.seen
-            result = margin_loss(
-                seen.tap(t, "loss_generator at teacher_logits"),
-                seen.tap(q, "loss_generator at student_logits"),
-                *args,
-                **kwargs,
-            )
+            places = "loss_generator at teacher_logits", "loss_generator at student_logits"
+            result = logits_loss(seen.tap(t, places[0]), seen.tap(q, places[1]), labels)
             parts = {"margin": "loss_margin", "disagreement": "loss_ds", "agreement": "loss_as", "h_prime": "h_prime"}
             seen.values.update({name: getattr(result, part) for part, name in parts.items()})
             seen.values.update(teacher_logits=t.detach(), student_logits=q.detach())
@@ -265,7 +261,7 @@ class _Watch:
             self.seen.values["loss_features"] = self.trainer.recipe.feature_weight * loss.detach()
             return loss
 
-        monkeypatch.setattr(functional, "margin_loss", margin)
+        monkeypatch.setattr(self.trainer.game, "_logits_loss", of_logits)
         monkeypatch.setattr(functional, "entropy_distillation", distillation)
         monkeypatch.setattr(adadfq.game, "feature_loss", features)
         loss = self.trainer.game.bn_match.loss
@@ -506,6 +502,8 @@ BEYOND = {
         },
     ),
     "mirrored teacher": ("residual", {"mirror_teacher": True, "flip": True}),
+    "low-pass": ("residual", {"low_pass": 0.6}),
+    "soft labels": ("residual", {"soft_labels": 0.3}),
 }
 
 
