@@ -46,8 +46,14 @@ STUDIES: dict[str, Study] = {
     "plus": Study(
         "The recipe adadfq_plus, over as many steps.", (3, 4, 5), "adadfq_plus", {"epochs": 40, "steps_per_epoch": 200}
     ),
+    "fast": Study(
+        "How far does adadfq_plus come in a fifth of the steps?",
+        (3, 4),
+        "adadfq_plus",
+        {"epochs": 8, "steps_per_epoch": 200},
+    ),
     "parts": Study(
-        "What is each part of adadfq_plus worth within it? Each is left out alone.",
+        "What is each part of adadfq_plus worth within it? Each is left out alone; and the mirrored teacher, put in.",
         (3,),
         "adadfq_plus",
         {"epochs": 12, "steps_per_epoch": 200},
@@ -61,6 +67,8 @@ STUDIES: dict[str, Study] = {
             {"act_range": "minmax"},
             {"weight_range": "minmax"},
             {"replays": 1},
+            {"mirror_teacher": True},
+            {"mirror_teacher": True, "feature_weight": 30.0},
         ),
     ),
     "losses": Study(
