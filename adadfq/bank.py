@@ -1,4 +1,4 @@
-"""A bank of generated batches on the device, with what the teacher says of them."""
+"""A bank of generated batches on the device, with what the student learns of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ImageBank"]
 
 
 class ImageBank:
-    """Keeps the last batches of images with the teacher's logits and features, to train the student on them again.
+    """Keeps the last batches of images with the logits and features that the student learns, to train it on them again.
 
     A step on a kept batch needs no generator and no teacher: 3 forward-equivalents of network work instead of 6. No
     method waits for the device, and all memory stays where it is once the first batch is in.

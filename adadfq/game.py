@@ -1,7 +1,8 @@
 """One step of the game between generator and student: both players' losses and gradients, each computed once.
 
-Per step the networks run: the teacher forward once, the student forward once, one backward through both to the images
-(L_G, no weight gradients of either), and one backward through the student to its weights (L_Q, not to the images).
+Per step the networks run: the teacher forward once (with ``mirror_teacher`` a second time, without a gradient), the
+student forward once, one backward through both to the images (L_G, no weight gradients of either), and one backward
+through the student to its weights (L_Q, not to the images).
 Nothing in a step waits for the device.
 """
 
@@ -25,7 +26,8 @@ from adadfq.transforms import Transform
 
 __all__ = ["METRICS", "BatchNormMatch", "Game", "draw_noise"]
 
-#: Metrics of a step, in the order of :meth:`Game.step`'s result.
+#: Metrics of a step, in the order of :meth:`Game.step`'s result. The agreement is that of the student with what it
+#: learns: the teacher's logits, or with ``mirror_teacher`` their mean.
 METRICS = (
     "loss_generator",
     "loss_margin",
@@ -194,7 +196,8 @@ class Game:
             # No gradient path into the student's weights while they do not train.
             with _requires_grad(self.student_parameters, train_student):
                 student_logits, student_features = self._outputs(self.student, images)
-            targets = self._targets(images, teacher_logits)
+            # While only the generator trains, the student's loss is only shown.
+            targets = self._targets(images, teacher_logits) if train_student else teacher_logits
         loss_bns = self.bn_match.loss()
         logits_loss = self._logits_loss(teacher_logits, student_logits, labels)
         loss_generator = logits_loss.total + recipe.gamma * loss_bns
@@ -214,7 +217,6 @@ class Game:
 
         with torch.no_grad():
             self.h_prime.copy_(logits_loss.h_prime)
-            teacher_class = teacher_logits.argmax(1)
             return torch.stack(
                 [
                     loss_generator.detach(),
@@ -225,8 +227,8 @@ class Game:
                     loss_student.detach(),
                     loss_features.detach(),
                     logits_loss.h_prime.mean(),
-                    (teacher_class == student_logits.argmax(1)).float().mean(),
-                    (teacher_class == labels).float().mean(),
+                    (targets.argmax(1) == student_logits.argmax(1)).float().mean(),
+                    (teacher_logits.argmax(1) == labels).float().mean(),
                 ]
             ).float()
 

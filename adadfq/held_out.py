@@ -137,16 +137,14 @@ class HeldOut:
         self._teacher = frozen if is_fused(frozen) else _fused(frozen)
 
     def _ask_teacher(self) -> None:
-        self.logits = self._teachers_logits(self.images)
-        self.mirrored_logits = (self.logits + self._teachers_logits(self.images.flip(3))) / 2
+        self.logits = self._teachers_logits(mirrored=False)
+        self.mirrored_logits = (self.logits + self._teachers_logits(mirrored=True)) / 2
 
-    def _teachers_logits(self, images: Tensor) -> Tensor:
+    def _teachers_logits(self, mirrored: bool) -> Tensor:
+        batches = (batch.flip(3) if mirrored else batch for batch in self.images.split(BATCH))
         with torch.no_grad():
             found = torch.cat(
-                [
-                    _checked(self._teacher(_ready(x, self._device)), len(x), self.recipe).float()
-                    for x in images.split(BATCH)
-                ]
+                [_checked(self._teacher(_ready(x, self._device)), len(x), self.recipe).float() for x in batches]
             )
         if not bool(found.isfinite().all()):
             raise InvalidInputError("the teacher's logits on generated images are not finite: check its weights")
@@ -199,7 +197,7 @@ class HeldOut:
             ``agreement``: images, in percent, of which both name the same class; one whose logits hold a NaN agrees
             with nothing. ``loss``: mean L_Q at the recipe's temperature, in nats, between -T^2 log K (q = t up to a
             constant) and 0. ``kl``: mean KL(softmax(t) || softmax(q)), in nats. ``mirrored_agreement`` and
-            ``mirrored_kl``: the same of `mirrored_logits` in place of t, which students of recipes with
+            ``mirrored_kl``: both with `mirrored_logits` in place of t, what students of recipes with
             ``mirror_teacher`` learn.
 
         Raises:

@@ -114,8 +114,9 @@ class Recipe:
     flip: bool = _setting(False, "generated images are flipped left to right at random")
     mirror_teacher: bool = _setting(
         False,
-        "the student learns the mean of the teacher's logits on each image and on its mirror image, for classes that "
-        "are the same from left and right; a forward of the teacher more",
+        "the student's logits learn the mean of the teacher's on each image and on its mirror image, for classes that "
+        "mirroring does not change (not digits or letters); costs one more forward of the teacher a step. The "
+        "generator's losses and feature_weight keep the teacher as it is",
     )
     soft_labels: float = _setting(
         0.0,
@@ -125,9 +126,9 @@ class Recipe:
     replays: int = _setting(0, "steps of the student alone after every step of both players; each counts as a step")
     bank_batches: int = _setting(
         64,
-        "replays draw from as many generated batches, kept with the teacher's logits and, for feature_weight, its "
-        "block outputs (6 MB a batch of 16 for ResNet-20 at 32 pixels, some 350 MB for ResNet-50 at 224), also in "
-        "checkpoints; 0: from new images",
+        "replays draw from as many generated batches, kept with the logits that the student learns and, for "
+        "feature_weight, the teacher's block outputs (6 MB a batch of 16 for ResNet-20 at 32 pixels, some 350 MB for "
+        "ResNet-50 at 224), also in checkpoints; 0: from new images",
     )
     generator_ema: float = _setting(
         0.0, "decay of an average of the generator's weights, from which replays without a bank draw; 0: no average"

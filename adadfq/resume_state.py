@@ -11,6 +11,7 @@ from adadfq import files
 from adadfq.checkpoint import fitted, load_weights, read_state_dict
 from adadfq.convert import module_bits
 from adadfq.errors import CheckpointError
+from adadfq.recipe import Recipe
 from adadfq.result import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ def restore(trainer: Trainer, directory: Path) -> None:
     if not isinstance(state, dict) or set(state) != expected:
         raise CheckpointError(f"{path} is not a checkpoint of adadfq: it must hold {', '.join(sorted(expected))}")
     ours, theirs = _settings(trainer), state["settings"]
-    differing = [k for k in ours["recipe"] if ours["recipe"][k] != theirs["recipe"].get(k)]
+    # A run from before a field was known was played as its default plays.
+    theirs_recipe = {**Recipe().to_dict(), **theirs["recipe"]}
+    differing = [k for k in ours["recipe"] if ours["recipe"][k] != theirs_recipe[k]]
     differing += [k for k in ("seed", "bits") if ours[k] != theirs[k]]
     file = directory / "teacher.safetensors"
     theirs_then, ours_now = fitted(trainer.teacher, read_state_dict(file), file), trainer.teacher.state_dict()

@@ -28,10 +28,7 @@ class Transform:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._crop, self._flip = recipe.crop, recipe.flip
-        self._device = device
-        self._blur = _gaussian(recipe.low_pass, recipe.image_size) if recipe.low_pass > 0 else None
-        #: The same where the images are, by their dtype.
-        self._blurs: dict[torch.dtype, Tensor] = {}
+        self._blur = _gaussian(recipe.low_pass, recipe.image_size).to(device) if recipe.low_pass > 0 else None
 
     @property
     def is_identity(self) -> bool:
@@ -42,9 +39,7 @@ class Transform:
         """Transform [B, C, H, W], with places and flips drawn from `random`, a generator on the images' device."""
         if self._blur is not None:
             # Row by row, then column by column: the Gaussian is a product.
-            if images.dtype not in self._blurs:
-                self._blurs[images.dtype] = self._blur.to(self._device, images.dtype)
-            blur = self._blurs[images.dtype]
+            blur = self._blur.to(images.dtype)
             images = blur @ images @ blur.T
         if self._crop:
             images = _crop(images, self._crop, random)

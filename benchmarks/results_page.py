@@ -28,8 +28,9 @@ also where the recipe then takes others; "-" where they still moved after warm-u
 trainer (`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their
 recipe after as many steps of as many images. "Held-out agreement" is the share of generated images, which no training
 saw, on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
-(`adadfq.HeldOut`): options are chosen by them, not by top-1. Differences are ± their standard error over the seeds of
-both. Times are without scoring; on a CPU they are the processor's own, since the wall's hold whatever else ran.
+(`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Options are chosen
+by them, not by top-1. Differences are ± their standard error over the seeds of both. Times are without scoring; on a
+CPU they are the processor's own, since the wall's hold whatever else ran.
 """
 _PLOTS = {
     "time": "Accuracy against time",

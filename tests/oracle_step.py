@@ -468,7 +468,7 @@ class Step(NamedTuple):
 
     phase: Phase
     values: dict[str, Tensor]
-    """images, both logits, h_prime [B] and the losses."""
+    """images, both logits, those that the student learns, h_prime [B], the losses, and whose labels are soft [B]."""
     gradients: dict[str, Tensor]
     """At the images, and at the logits for either loss."""
     generator_gradients: dict[str, Tensor]
@@ -604,12 +604,14 @@ class OracleTraining:
             settings["beta"],
             settings["detach_min"],
         )
+        soft = torch.zeros(len(t), dtype=torch.bool)
         if settings["soft_labels"]:
             p = t.detach().softmax(1)
             of_label = p[torch.arange(len(p)), batch.labels]
             edges.add("p(label) at soft_labels", of_label - settings["soft_labels"])
             hard = torch.eye(p.shape[1], dtype=p.dtype)[batch.labels]
-            targets = torch.where((of_label < settings["soft_labels"])[:, None], p, hard)
+            soft = of_label < settings["soft_labels"]
+            targets = torch.where(soft[:, None], p, hard)
             disagreement, agreement = (-(targets * x.log_softmax(1)).sum(1).mean() for x in (t - q, t + q))
             cross_entropies = settings["alpha_ds"] * disagreement + settings["alpha_as"] * agreement
             total = margin + settings["beta"] * cross_entropies
@@ -618,7 +620,7 @@ class OracleTraining:
         statistics_loss = sum(watching.statistics_losses) / len(watching.statistics_losses)
         loss_generator = total + settings["gamma"] * statistics_loss
         target = t.detach()
-        if settings["mirror_teacher"]:
+        if settings["mirror_teacher"] and now.trains_student:
             with torch.no_grad():
                 mirrored = torch.stack(shown.unbind(3)[::-1], 3)
                 target = 0.5 * target + 0.5 * self.network(Teacher(self.teacher, edges), mirrored)
@@ -655,6 +657,8 @@ class OracleTraining:
         values = {
             "images": images,
             "teacher_logits": t,
+            "targets": target,
+            "soft": soft,
             "student_logits": q,
             "h_prime": h_prime,
             "loss_generator": loss_generator,

@@ -25,9 +25,9 @@ from adadfq.generator import (
 from adadfq.nn import set_calibrating
 
 
-def _players(fused: bool = False) -> tuple[nn.Module, nn.Module, nn.Module, Game]:
+def _players(fused: bool = False, **settings: object) -> tuple[nn.Module, nn.Module, nn.Module, Game]:
     torch.manual_seed(0)
-    recipe = toy_recipe()
+    recipe = toy_recipe(**settings)
     teacher = toy_teacher()
     student = adadfq.quantize(teacher, 3, 3)
     generator = build_generator(recipe)
@@ -45,8 +45,8 @@ def _players(fused: bool = False) -> tuple[nn.Module, nn.Module, nn.Module, Game
     return teacher, student, generator, game
 
 
-def _calls(train_student: bool, fused: bool) -> dict[str, int]:
-    _, _, _, game = _players(fused)
+def _calls(train_student: bool, fused: bool, **settings: object) -> dict[str, int]:
+    _, _, _, game = _players(fused, **settings)
     noise, labels = torch.randn(8, 16), torch.arange(8)
     forwards = {"teacher": 0, "student": 0, "generator": 0}
     for name in forwards:
@@ -72,6 +72,27 @@ def test_a_step_runs_each_network_once_and_no_needless_gradient(fused: bool) -> 
         "conv_backward": 3 + 2 + 2 + 2,
     }
     assert _calls(False, fused) == {"teacher": 1, "student": 1, "generator": 1, "conv": 7, "conv_backward": 3 + 2 + 2}
+
+
+def test_a_mirrored_teacher_is_one_more_forward_without_gradient_and_none_in_warm_up() -> None:
+    plain, mirrored = (_calls(True, True, mirror_teacher=on) for on in (False, True))
+    assert mirrored == {**plain, "teacher": 2, "conv": plain["conv"] + 2}
+    assert _calls(False, True, mirror_teacher=True) == _calls(False, True)
+
+
+@pytest.mark.parametrize("bank_batches", [1, 0])
+def test_replays_learn_the_mirrored_teacher_too(bank_batches: int) -> None:
+    teacher, _, _, game = _players(True, mirror_teacher=True, replays=1, bank_batches=bank_batches)
+    random = torch.Generator().manual_seed(0)
+    if game.bank is not None:
+        game.step(torch.randn(8, 16), torch.arange(8), True)
+        images, targets, _ = game.bank.draw(random)
+    else:
+        images, targets, _ = game._new_batch(random)
+    with torch.no_grad():
+        expected = (teacher(images) + teacher(images.flip(3))) / 2
+    torch.testing.assert_close(targets, expected)
+    assert (targets - teacher(images)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -253,7 +253,7 @@ class _Watch:
         def distillation(t: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             q = self.seen.tap(q, "loss_student at student_logits")
             loss = entropy_distillation(t, q, *args, **kwargs)
-            self.seen.values["loss_logits"] = loss.detach()
+            self.seen.values.update(loss_logits=loss.detach(), targets=t)
             return loss
 
         def features(teacher: Any, student: Any) -> Tensor:
@@ -291,8 +291,8 @@ class _Watch:
             f"{step}: {want.edges.where} comes within {want.edges.nearest:.1e} of its edge, where both answers are "
             "right; take another seed"
         )
-        sums = ("loss_generator", "loss_student")  # in the metrics
-        values = {key: value for key, value in want.values.items() if key not in sums}
+        unseen = ("loss_generator", "loss_student", "soft")  # the sums are in the metrics
+        values = {key: value for key, value in want.values.items() if key not in unseen}
         _compare_all(step, self.seen.values, values)
         _compare_all(f"{step}, gradient of", self.seen.gradients, want.gradients)
         of_student = SGD_TOLERANCE if trainer.recipe.student_optimizer == "sgd" else ADAM_TOLERANCE
@@ -326,10 +326,12 @@ class _Watch:
 
     def _compare_metrics(self, step: str, metrics: Tensor, labels: Tensor, want: Step) -> None:
         """The row of float32 that users see."""
-        teacher, student = want.values["teacher_logits"].argmax(1), want.values["student_logits"].argmax(1)
+        teacher, targets, student = (
+            want.values[name].argmax(1) for name in ("teacher_logits", "targets", "student_logits")
+        )
         expected = {
             **{key: value.mean().item() for key, value in want.values.items() if key in METRICS},
-            "agreement": (teacher == student).double().mean().item(),
+            "agreement": (targets == student).double().mean().item(),
             "teacher_accuracy": (teacher == labels).double().mean().item(),
         }
         got = dict(zip(METRICS, metrics.tolist(), strict=True))
@@ -503,7 +505,7 @@ BEYOND = {
     ),
     "mirrored teacher": ("residual", {"mirror_teacher": True, "flip": True}),
     "low-pass": ("residual", {"low_pass": 0.6}),
-    "soft labels": ("residual", {"soft_labels": 0.3}),
+    "soft labels": ("residual", {"soft_labels": 0.15}),
 }
 
 
@@ -514,6 +516,9 @@ def test_every_step_beyond_the_paper_equals_the_oracle(play: Callable[..., list[
     changes = {**OTHER, **options}
     steps = play(network, Recipe(**changes), {**oracle_step.PAPER, **changes}, 4, fuse=fuse)
     assert len(steps) == OTHER["epochs"] * STEPS_PER_EPOCH
+    if which == "soft labels":
+        soft = torch.cat([step.values["soft"] for step in steps])
+        assert 0.1 < soft.double().mean() < 0.9  # labels of both kinds
 
 
 @pytest.mark.parametrize("fuse", [False, True])

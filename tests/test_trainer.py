@@ -351,6 +351,19 @@ def _interrupt_at(step: int, trainer: adadfq.Trainer) -> None:
     trainer.game.step = stepped
 
 
+def test_a_run_from_before_a_setting_was_known_goes_on(tmp_path: Path) -> None:
+    trainer = _trainer()
+    _interrupt_at(6, trainer)
+    trainer.fit(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    del state["settings"]["recipe"]["mirror_teacher"]
+    torch.save(state, checkpoint)
+    with pytest.raises(adadfq.CheckpointError, match="mirror_teacher"):
+        _trainer(mirror_teacher=True).fit(tmp_path / "run", resume=True)
+    assert _same(_trainer().fit(tmp_path / "run", resume=True).student, _trainer().fit().student)
+
+
 @pytest.mark.parametrize("step", [1, 3, 6, 9])
 def test_an_interrupted_run_is_usable_and_goes_on_to_the_same_result(tmp_path: Path, step: int) -> None:
     unbroken = _trainer().fit()
