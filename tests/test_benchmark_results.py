@@ -63,6 +63,8 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
         "held_out_agreement": [value] * 10,
         "held_out_loss": [None if value is None else -value] * 10,
         "held_out_kl": [1.0] * 10,
+        "held_out_mirrored_agreement": [80.0] * 10,
+        "held_out_mirrored_kl": [1.0] * 10,
         "held_out_digest": "4" * 16,
         **ENVIRONMENT,
         **changes,
