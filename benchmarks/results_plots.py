@@ -79,7 +79,7 @@ def _time(panel: tuple[str, list[Summary]], axis: Any) -> None:
     axis.set_xscale("log")
     clock = "seconds of the processor" if found[0].rows[0]["device"] == "cpu" else "seconds"
     axis.set(title=title, xlabel=clock, ylabel="top-1 %")
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def _h_prime(panel: tuple[str, Summary], axis: Any) -> None:
@@ -109,7 +109,7 @@ def _signal(panel: tuple[str, Sequence[tuple[str, list[Row]]]], axis: Any) -> No
             axis.plot(signals, accuracies, "o", alpha=0.6, markersize=4, label=name)
     minus = "" if statistics.SIGNALS[signal] > 0 else "-"
     axis.set(xlabel=minus + signal.replace("_", " "), ylabel="top-1 %")
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def _bounds(path: Path, rows: Sequence[Row], everything: Sequence[Row]) -> list[tuple[str, list[Summary]]]:
