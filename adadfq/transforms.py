@@ -28,7 +28,7 @@ class Transform:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._crop, self._flip = recipe.crop, recipe.flip
-        self._blur = _gaussian(recipe.low_pass, recipe.image_size).to(device) if recipe.low_pass > 0 else None
+        self._blur = _gaussian(recipe.low_pass, recipe.image_size, device) if recipe.low_pass > 0 else None
 
     @property
     def is_identity(self) -> bool:
@@ -49,15 +49,15 @@ class Transform:
         return images
 
 
-def _gaussian(deviation: float, size: int) -> Tensor:
-    """Matrix [size, size], float64 on the CPU, that filters a column of pixels, cut off at three deviations.
+def _gaussian(deviation: float, size: int, device: torch.device) -> Tensor:
+    """Matrix [size, size], float64, that filters a column of pixels, cut off at three deviations.
 
     Rows sum to 1. A matrix, for the gradient of padding with repeated edges would sum in any order on a GPU.
     """
     radius = math.ceil(3 * deviation)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device=device)
     kernel = torch.exp(-0.5 * (offsets / deviation).square())
-    rows = torch.arange(size, device="cpu")
+    rows = torch.arange(size, device=device)
     sources = (rows[:, None] + offsets.long()).clamp(0, size - 1)
     return ((sources[:, :, None] == rows) * (kernel / kernel.sum())[:, None]).sum(1)
 
