@@ -153,7 +153,8 @@ def test_bfloat16_may_be_off_by_more() -> None:
 
 
 def test_bfloat16_is_near_float32(environment: dict[str, Any]) -> None:
-    entries = step.prepared(Setting(batch_size=8), CPU, environment, None, step.chosen(["adadfq-bf16"]))
+    # Of 8 images, moved codes turn the generator's gradient by more on some processors (AMX) than is near.
+    entries = step.prepared(Setting(batch_size=16), CPU, environment, None, step.chosen(["adadfq-bf16"]))
     assert [entry.row["status"] for entry in entries] == ["ok", "ok"], entries[0].row["error"]
     assert entries[0].row["precision"] == "bfloat16"
 
