@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,21 @@ def digested(files: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     return {"files": [files[path] for path in sorted(files)]}
 
 
+def _wrapped(label: str) -> str:
+    """In lines that fit under a panel."""
+    return textwrap.fill(label, 50)
+
+
 def _time(panel: tuple[str, list[Summary]], axis: Any) -> None:
     title, found = panel
     for group in found:
         if (curve := statistics.by_time(group)) is not None:
-            axis.plot(*curve, label=f"{group_label(group)}, {group.steps} steps")
+            axis.plot(*curve, label=_wrapped(f"{group_label(group)}, {group.steps} steps"))
     axis.axhline(found[0].teacher, color="black", linewidth=0.8, linestyle="--", label="teacher")
     axis.set_xscale("log")
     clock = "seconds of the processor" if found[0].rows[0]["device"] == "cpu" else "seconds"
-    axis.set(title=title, xlabel=clock, ylabel="top-1 %")
-    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axis.set(title=_wrapped(title), xlabel=clock, ylabel="top-1 %")
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def _h_prime(panel: tuple[str, Summary], axis: Any) -> None:
@@ -106,10 +112,10 @@ def _signal(panel: tuple[str, Sequence[tuple[str, list[Row]]]], axis: Any) -> No
     for name, found in comparable:
         if pairs := statistics.signal_pairs(found, signal):
             signals, accuracies = zip(*pairs, strict=True)
-            axis.plot(signals, accuracies, "o", alpha=0.6, markersize=4, label=name)
+            axis.plot(signals, accuracies, "o", alpha=0.6, markersize=4, label=_wrapped(name))
     minus = "" if statistics.SIGNALS[signal] > 0 else "-"
     axis.set(xlabel=minus + signal.replace("_", " "), ylabel="top-1 %")
-    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def _bounds(path: Path, rows: Sequence[Row], everything: Sequence[Row]) -> list[tuple[str, list[Summary]]]:
