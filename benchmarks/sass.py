@@ -20,6 +20,7 @@ Decided = Mapping[int, bool]
 
 _BRANCH = re.compile(r"^(@\S+ )?BRA\b.*?0x([0-9a-f]+)$")
 _ACCESS = re.compile(r"^(?:@\S+ )?(LDG|STG|LDGSTS)((?:\.\w+)*)")
+_STACK = re.compile(r"^(?:@\S+ )?(?:STL|LDL)\b")
 _RARE = re.compile(r"^(?:@\S+ )?(?:CALL|D(?:ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w*64H)")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
@@ -185,6 +186,16 @@ def around(code: Listing) -> int:
         return any(first <= address <= last for first, last in places)
 
     return sum(is_in(address, graph.spans) and not is_in(address, graph.inner) for address, _ in code)
+
+
+def stacked(code: Listing) -> list[str]:
+    """Instructions in loops that store to a thread's stack, or load from it."""
+    graph = _Code(code, {})
+    return [
+        text
+        for address, text in code
+        if _STACK.match(text) and any(first <= address <= last for first, last in graph.spans)
+    ]
 
 
 def per_element(

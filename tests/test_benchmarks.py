@@ -1036,6 +1036,12 @@ def test_loops_around_others_count_by_their_turns() -> None:
     assert some - none == 5 * 9 / 16
 
 
+def test_what_a_loop_keeps_on_the_stack_is_found() -> None:
+    before, inside, after = (0x04, "STL [R1], R6"), (0xA4, "@P0 LDL.LU R26, [R1]"), (0xC4, "LDL.LU R26, [R1]")
+    assert sass.stacked(sorted([*LISTING, before, after])) == []
+    assert sass.stacked(sorted([*LISTING, before, inside, after])) == [inside[1]]
+
+
 @pytest.mark.parametrize("case", predict.chosen(), ids=lambda case: case.name)
 def test_a_prediction_calls_the_operator(case: Case) -> None:
     op, args = predict._call(case)

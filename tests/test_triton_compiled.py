@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from adadfq.kernels import bn_match, configs, segments, tiles
 from adadfq.ops import triton
+from benchmarks import sass
 from benchmarks.compiled import Launch, compiling_for
 
 pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels are not compiled")
@@ -73,16 +73,14 @@ def _compile(op: str, capability: int, *args: object, **kwargs: object) -> list[
     return launches
 
 
-def _most_stack(launch: Launch) -> int:
-    """Bytes on the stack: none, but what is saved once around float64's subroutines, or by older assemblers."""
-    old = tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 8)
-    return 16 if old or launch.name in IN_FLOAT64 or launch.name.startswith(("bn_match", "batch_norm")) else 0
-
-
 def _check(launch: Launch) -> None:
     """Nothing spills, and nothing is less exact than it looks."""
     assert launch.resources["LOCAL"] == 0, (launch.name, launch.resources)
-    assert launch.resources["STACK"] <= _most_stack(launch), (launch.name, launch.resources)
+    # What assemblers keep on the stack, which differs by their version: a few scalars, and none in a loop. The one of
+    # sm_100 does keep some in loops, to stay below a power of two of registers.
+    assert launch.resources["STACK"] <= 16, (launch.name, launch.resources)
+    if launch.resources["STACK"] and launch.capability < 100:
+        assert not sass.stacked(launch.listing), (launch.name, sass.stacked(launch.listing))
     # Contraction of a multiplication and an addition would round once.
     assert launch.options["enable_fp_fusion"] is False, launch.name
     ptx = launch.ptx
