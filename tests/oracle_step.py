@@ -57,6 +57,10 @@ PAPER: dict[str, Any] = {
     "mirror_teacher": False,
     "low_pass": 0.0,
     "soft_labels": 0.0,
+    "replays": 0,
+    "bank_batches": 64,
+    "generator_ema": 0.0,
+    "spectral_norm": False,
     "lr_schedule": "step",
     "lr_warmup_steps": 0,
 }
@@ -378,7 +382,7 @@ def generate(
     kind: str, state: Mapping[str, Tensor], noise: Tensor, labels: Tensor, edges: Edges
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(images, running statistics afterwards) of a generator in train mode."""
-    statistics: dict[str, Tensor] = {}
+    state, statistics = divided_by_largest_singular_value(state)
 
     def norm(x: Tensor, name: str, eps: float, slope: float) -> Tensor:
         weight = bias = None
@@ -412,6 +416,26 @@ def generate(
     x = norm(conv(double(x), "conv3"), "norm3", 0.8, 0.2)
     x = norm(torch.tanh(conv(x, "to_image")), "image_norm", BATCH_NORM_EPS, 1.0)
     return x, statistics
+
+
+def divided_by_largest_singular_value(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights to generate with, vectors afterwards) of a generator's layers under spectral normalisation.
+
+    Miyato et al. 2018, algorithm 1: a step of the power iteration before the layer is used, through which no gradient
+    passes; sigma = u W v does have one.
+    """
+    used, vectors = dict(state), {}
+    for key in [key for key in state if key.endswith(".original")]:
+        at = key.removesuffix(".original")
+        matrix = state[key].flatten(1)
+        with torch.no_grad():
+            u = matrix @ state[f"{at}.0._v"]
+            u = u / u.norm()
+            v = matrix.T @ u
+            v = v / v.norm()
+        vectors.update({f"{at}.0._u": u, f"{at}.0._v": v})
+        used[at.replace(".parametrizations", "")] = state[key] / (u @ matrix @ v)
+    return used, vectors
 
 
 def low_passed(images: Tensor, deviation: float, dim: int) -> Tensor:
@@ -463,12 +487,23 @@ class SGD:
             parameters[name] = parameters[name] - lr * direction
 
 
+class Kept(NamedTuple):
+    """A batch as the student learns it."""
+
+    shown: Tensor
+    target: Tensor
+    features: list[Tensor]
+
+
 class Step(NamedTuple):
     """All that one step computed. Dictionaries are by parameter or statistic; those of the end are after the update."""
 
     phase: Phase
     values: dict[str, Tensor]
-    """images, both logits, those that the student learns, h_prime [B], the losses, and whose labels are soft [B]."""
+    """images, both logits, those that the student learns, h_prime [B], the losses, and whose labels are soft [B].
+
+    Of a replay only what is the student's.
+    """
     gradients: dict[str, Tensor]
     """At the images, and at the logits for either loss."""
     generator_gradients: dict[str, Tensor]
@@ -521,7 +556,11 @@ class OracleTraining:
             self.optimizer = SGD(trained, settings["momentum"], settings["nesterov"], decay)
         #: Of the learned step sizes, from when there are any.
         self.adam_steps: Adam | None = None
-        self.steps = 0
+        #: Average of the generator's weights from when the student's training starts; its own running statistics.
+        self.averaged: dict[str, Tensor] | None = None
+        #: By place; the batches stored so far take the places in turn.
+        self.bank: dict[int, Kept] = {}
+        self.stored = self.steps = 0
 
     def looks(self) -> int:
         """How many generated batches the next step is preceded by, to be looked at alone."""
@@ -573,16 +612,9 @@ class OracleTraining:
 
     def step(self, batch: Batch, looked_at: list[Batch]) -> Step:
         """One step on this batch; `looked_at` are those of :meth:`looks` before it."""
-        settings, now, edges = self.settings, phase(self.settings, self.steps), Edges()
-        assert len(looked_at) == self.looks()
-        if looked_at:
-            self.begin_student(looked_at, edges)
-        self.steps += 1
+        settings, (now, edges) = self.settings, self._begin(looked_at)
         generator = {k: v.requires_grad_() for k, v in _parameters(self.generator).items()}
-        student = {k: v.requires_grad_() for k, v in _parameters(self.student).items()}
-        if self.adam_steps is not None:
-            step_sizes = {k: v.clone().requires_grad_() for k, v in _step_sizes(self.student).items()}
-            student.update(step_sizes)
+        student = self._learned_by_student()
 
         images, statistics = generate(
             settings["generator"], {**self.generator, **generator}, batch.noise.double(), batch.labels, edges
@@ -619,17 +651,8 @@ class OracleTraining:
             edges.add(f"H' at {name}", h_prime - settings[name])
         statistics_loss = sum(watching.statistics_losses) / len(watching.statistics_losses)
         loss_generator = total + settings["gamma"] * statistics_loss
-        target = t.detach()
-        if settings["mirror_teacher"] and now.trains_student:
-            with torch.no_grad():
-                mirrored = torch.stack(shown.unbind(3)[::-1], 3)
-                target = 0.5 * target + 0.5 * self.network(Teacher(self.teacher, edges), mirrored)
-        loss_logits = oracle.student_loss(target, q, settings["temperature"])
-        errors = [
-            (theirs.detach() - ours).square().sum() / theirs.detach().square().sum()
-            for theirs, ours in zip(watching.features, quantised.features, strict=True)
-        ]
-        loss_features = settings["feature_weight"] * sum(errors) / len(errors)
+        target = self._target(t, shown, edges) if now.trains_student else t.detach()
+        loss_logits, loss_features = self._student_losses(target, watching.features, q, quantised.features)
         loss_student = loss_logits + loss_features
 
         gradients, student_gradients = {}, {}
@@ -644,15 +667,15 @@ class OracleTraining:
 
         with torch.no_grad():
             self.adam.step(self.generator, generator_gradients, now.lr_generator)
-            of_steps = {k: g for k, g in student_gradients.items() if k.endswith("scale")}
-            of_weights = {k: g for k, g in student_gradients.items() if k not in of_steps}
             if now.trains_student:
-                self.optimizer.step(self.student, of_weights, now.lr_student)
-            if self.adam_steps is not None:
-                # Adam moves the logarithm of a step, whose gradient is s dL/ds.
-                logarithms = {k: self.student[k].log() for k in of_steps}
-                self.adam_steps.step(logarithms, {k: g * self.student[k] for k, g in of_steps.items()}, now.lr_steps)
-                self.student.update({k: value.exp() for k, value in logarithms.items()})
+                self._update_student(student_gradients, now)
+                self.bank[self.stored % settings["bank_batches"] if settings["bank_batches"] else 0] = Kept(
+                    shown, target, [feature.detach() for feature in watching.features]
+                )
+                self.stored += 1
+            if self.averaged is not None:
+                for key in generator:
+                    self.averaged[key] = torch.lerp(self.generator[key], self.averaged[key], settings["generator_ema"])
             self.generator.update(statistics)
         values = {
             "images": images,
@@ -670,6 +693,101 @@ class OracleTraining:
             "loss_features": loss_features,
             "loss_student": loss_student,
         }
+        return self._step(now, values, gradients, generator_gradients, student_gradients, edges)
+
+    def is_replay(self) -> bool:
+        """Whether the next step is of the student alone."""
+        trained = self.steps - self.settings["warmup_epochs"] * self.settings["steps_per_epoch"]
+        return trained >= 0 and trained % (self.settings["replays"] + 1) > 0
+
+    def _begin(self, looked_at: list[Batch]) -> tuple[Phase, Edges]:
+        settings, now, edges = self.settings, phase(self.settings, self.steps), Edges()
+        assert len(looked_at) == self.looks()
+        if settings["generator_ema"] and self.steps == settings["warmup_epochs"] * settings["steps_per_epoch"]:
+            self.averaged = dict(self.generator)
+        if looked_at:
+            self.begin_student(looked_at, edges)
+        self.steps += 1
+        return now, edges
+
+    def replay(self, place: int | None, batch: Batch | None, looked_at: list[Batch]) -> Step:
+        """One step of the student alone, on the kept batch of that place, or on new images."""
+        now, edges = self._begin(looked_at)
+        student = self._learned_by_student()
+        if batch is None:
+            assert place is not None
+            kept = self.bank[place]
+        else:
+            kept = self._new(batch, edges)
+        quantised = Student({**self.student, **student}, edges, self.bits, self.ranges, now.moves_ranges)
+        q = self.network(quantised, kept.shown)
+        loss_logits, loss_features = self._student_losses(kept.target, kept.features, q, quantised.features)
+        loss_student = loss_logits + loss_features
+        at_logits, *found = torch.autograd.grad(loss_student, [q, *student.values()])
+        student_gradients = dict(zip(student, found, strict=True))
+        self._update_student(student_gradients, now)
+        values = {
+            "targets": kept.target,
+            "student_logits": q,
+            "loss_logits": loss_logits,
+            "loss_features": loss_features,
+            "loss_student": loss_student,
+        }
+        gradients = {"loss_student at student_logits": at_logits}
+        return self._step(now, values, gradients, {}, student_gradients, edges)
+
+    @torch.no_grad()
+    def _new(self, batch: Batch, edges: Edges) -> Kept:
+        state = self.generator if self.averaged is None else self.averaged
+        images, statistics = generate(self.settings["generator"], state, batch.noise.double(), batch.labels, edges)
+        state.update(statistics)
+        shown = self.shown(images, batch)
+        watching = Teacher(self.teacher, edges)
+        return Kept(shown, self._target(self.network(watching, shown), shown, edges), watching.features)
+
+    def _learned_by_student(self) -> dict[str, Tensor]:
+        student = _parameters(self.student)
+        if self.adam_steps is not None:
+            student.update({key: value.clone() for key, value in _step_sizes(self.student).items()})
+        return {key: value.requires_grad_() for key, value in student.items()}
+
+    @torch.no_grad()
+    def _target(self, t: Tensor, shown: Tensor, edges: Edges) -> Tensor:
+        target = t.detach()
+        if self.settings["mirror_teacher"]:
+            mirrored = torch.stack(shown.unbind(3)[::-1], 3)
+            target = 0.5 * target + 0.5 * self.network(Teacher(self.teacher, edges), mirrored)
+        return target
+
+    def _student_losses(
+        self, target: Tensor, theirs: list[Tensor], q: Tensor, ours: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        errors = [
+            (their.detach() - our).square().sum() / their.detach().square().sum()
+            for their, our in zip(theirs, ours, strict=True)
+        ]
+        matching = self.settings["feature_weight"] * sum(errors) / len(errors)
+        return oracle.student_loss(target, q, self.settings["temperature"]), matching
+
+    @torch.no_grad()
+    def _update_student(self, gradients: Mapping[str, Tensor], now: Phase) -> None:
+        of_steps = {k: g for k, g in gradients.items() if k.endswith("scale")}
+        self.optimizer.step(self.student, {k: g for k, g in gradients.items() if k not in of_steps}, now.lr_student)
+        if self.adam_steps is not None:
+            # Adam moves the logarithm of a step, whose gradient is s dL/ds.
+            logarithms = {k: self.student[k].log() for k in of_steps}
+            self.adam_steps.step(logarithms, {k: g * self.student[k] for k, g in of_steps.items()}, now.lr_steps)
+            self.student.update({k: value.exp() for k, value in logarithms.items()})
+
+    def _step(
+        self,
+        now: Phase,
+        values: Mapping[str, Tensor],
+        gradients: dict[str, Tensor],
+        generator_gradients: dict[str, Tensor],
+        student_gradients: dict[str, Tensor],
+        edges: Edges,
+    ) -> Step:
         return Step(
             now,
             {key: value.detach() for key, value in values.items()},
@@ -693,5 +811,5 @@ def _step_sizes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of what trains: all but the running statistics and what belongs to quantisers."""
-    others = ("running_mean", "running_var", "num_batches_tracked", "scale", "zero_point")
+    others = ("running_mean", "running_var", "num_batches_tracked", "scale", "zero_point", "._u", "._v")
     return {key: value.detach().clone() for key, value in state.items() if not key.endswith(others)}

@@ -22,7 +22,7 @@ from torch.nn import functional as torch_F
 
 import adadfq
 from adadfq import Recipe, Trainer
-from adadfq.game import METRICS
+from adadfq.game import METRICS, REPLAY_METRICS
 from adadfq.generator import build_generator
 from adadfq.models.resnet_cifar import resnet20
 from adadfq.nn import activations
@@ -45,6 +45,10 @@ ADAM_TOLERANCE, SGD_TOLERANCE = 1e-8, 1e-11
 FLOAT32_TOLERANCE = 1e-6
 #: Rounding errors reach 1e-12 of a step or of an activation; nearer than this, two right computations may differ.
 NEAREST_EDGE = 1e-10
+
+
+#: What a replay has no value of.
+OF_BOTH = set(METRICS) - set(REPLAY_METRICS)
 
 
 class Residual(nn.Module):
@@ -202,12 +206,15 @@ class _Watch:
         self.trainer, self.training = trainer, training
         self.seen = _Recorded()
         self.steps: list[Step] = []
-        for model in (trainer.teacher, trainer.student, trainer.generator):
+        averaged = trainer.game.averaged
+        generators = [trainer.generator] if averaged is None else [trainer.generator, averaged]
+        for model in (trainer.teacher, trainer.student, *generators):
             model.double()
         for optimizer in (trainer.optimizer_generator, trainer.optimizer_student):
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].double()
-        trainer.generator.register_forward_pre_hook(self._inputs)
+        for generator in generators:
+            generator.register_forward_pre_hook(self._inputs)
         trainer.generator.register_forward_hook(
             lambda module, args, images: self.seen.tap(images, "loss_generator at images")
         )
@@ -216,7 +223,9 @@ class _Watch:
             monkeypatch.setattr(adadfq.game.Transform, "__call__", lambda transform, *args: self._transform(*args))
         self._losses(monkeypatch, adadfq.game.functional)
         self._step = trainer.game.step
-        trainer.game.step = self._compared  # type: ignore[method-assign]
+        self._replay = trainer.game.replay
+        trainer.game.step = self._compared_step  # type: ignore[method-assign]
+        trainer.game.replay = self._compared_replay  # type: ignore[method-assign]
 
     def _inputs(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         noise, labels = args[0].double(), args[1].clone()
@@ -247,13 +256,13 @@ class _Watch:
             result = logits_loss(seen.tap(t, places[0]), seen.tap(q, places[1]), labels)
             parts = {"margin": "loss_margin", "disagreement": "loss_ds", "agreement": "loss_as", "h_prime": "h_prime"}
             seen.values.update({name: getattr(result, part) for part, name in parts.items()})
-            seen.values.update(teacher_logits=t.detach(), student_logits=q.detach())
+            seen.values["teacher_logits"] = t.detach()
             return result
 
         def distillation(t: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             q = self.seen.tap(q, "loss_student at student_logits")
             loss = entropy_distillation(t, q, *args, **kwargs)
-            self.seen.values.update(loss_logits=loss.detach(), targets=t)
+            self.seen.values.update(loss_logits=loss.detach(), targets=t, student_logits=q.detach())
             return loss
 
         def features(teacher: Any, student: Any) -> Tensor:
@@ -273,7 +282,7 @@ class _Watch:
 
         monkeypatch.setattr(self.trainer.game.bn_match, "loss", statistics_loss)
 
-    def _compared(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _compared_step(self, *args: Any, **kwargs: Any) -> Tensor:
         trainer, looked_at, self.seen = self.trainer, self.seen.inputs, _Recorded()
         images: list[Tensor] = []
         handle = trainer.generator.register_forward_hook(lambda module, inputs, output: images.append(output.detach()))
@@ -284,7 +293,32 @@ class _Watch:
 
         (inputs,) = self.seen.inputs
         self.seen.inputs = []
+        assert not self.training.is_replay()
         want = self.training.step(inputs, looked_at)
+        teacher = want.values["teacher_logits"].argmax(1)
+        self._compare(want, metrics, teacher_accuracy=(teacher == inputs.labels).double().mean().item())
+        return metrics
+
+    def _compared_replay(self, random: torch.Generator) -> Tensor:
+        trainer, training = self.trainer, self.training
+        looked_at, self.seen = self.seen.inputs, _Recorded()
+        drawn = torch.rand((), generator=torch.Generator().set_state(random.get_state()), dtype=torch.float64).item()
+        metrics = self._replay(random)
+        self.seen.values.setdefault("loss_features", torch.zeros((), dtype=torch.float64))
+        inputs, self.seen.inputs = self.seen.inputs, []
+        assert training.is_replay()
+        if trainer.recipe.bank_batches:
+            assert not inputs  # nothing was generated
+            want = training.replay(int(drawn * min(training.stored, trainer.recipe.bank_batches)), None, looked_at)
+        else:
+            (batch,) = inputs
+            want = training.replay(None, batch, looked_at)
+        assert {name for name, value in zip(METRICS, metrics.tolist(), strict=True) if value != value} == OF_BOTH
+        self._compare(want, metrics)
+        return metrics
+
+    def _compare(self, want: Step, metrics: Tensor, **also: float) -> None:
+        trainer = self.trainer
         self.steps.append(want)
         step = f"step {len(self.steps) - 1}"
         assert want.edges.nearest > NEAREST_EDGE, (
@@ -302,13 +336,16 @@ class _Watch:
         ):
             got = {_oracles_name(model, k): p.grad for k, p in model.named_parameters() if p.grad is not None}
             floor = GRADIENT_FLOOR * max([g.abs().max().item() for g in gradients.values()], default=0.0)
-            _compare_all(f"{step}, {name}'s gradient of", got, gradients, floor=floor)
+            if gradients or model is trainer.student:  # a replay leaves the generator's
+                _compare_all(f"{step}, {name}'s gradient of", got, gradients, floor=floor)
             _compare_all(f"{step}, {name}'s new", _network_state(model), state, tolerance)
+        if trainer.game.averaged is not None and self.training.averaged is not None:
+            state = trainer.game.averaged.state_dict()
+            _compare_all(f"{step}, averaged generator's", state, self.training.averaged, ADAM_TOLERANCE)
         self._compare_ranges(step, want)
-        self._compare_metrics(step, metrics, inputs.labels, want)
+        self._compare_metrics(step, metrics, want, also)
         sizes = {name: value for name, value in _network_state(trainer.student).items() if name.endswith("scale")}
         self.training.adopt_step_sizes(sizes)
-        return metrics
 
     def _compare_ranges(self, step: str, want: Step) -> None:
         acts = list(activations(self.trainer.student).values())
@@ -324,15 +361,13 @@ class _Watch:
                 assert got.item() == expected.item(), f"{step}, range {i}"
             assert int(act.zero_point) == int(zero_point), f"{step}, range {i}"
 
-    def _compare_metrics(self, step: str, metrics: Tensor, labels: Tensor, want: Step) -> None:
+    def _compare_metrics(self, step: str, metrics: Tensor, want: Step, also: dict[str, float]) -> None:
         """The row of float32 that users see."""
-        teacher, targets, student = (
-            want.values[name].argmax(1) for name in ("teacher_logits", "targets", "student_logits")
-        )
+        targets, student = (want.values[name].argmax(1) for name in ("targets", "student_logits"))
         expected = {
             **{key: value.mean().item() for key, value in want.values.items() if key in METRICS},
             "agreement": (targets == student).double().mean().item(),
-            "teacher_accuracy": (teacher == labels).double().mean().item(),
+            **also,
         }
         got = dict(zip(METRICS, metrics.tolist(), strict=True))
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-6), step
@@ -487,25 +522,36 @@ def test_every_step_of_other_settings_equals_the_oracle(
     _assert_both_bounds_are_felt(steps, changes)
 
 
+LEARNED = {
+    "act_range": "mse",
+    "learn_steps": True,
+    "lr_steps": 3e-3,
+    "student_optimizer": "adam",
+    "lr_schedule": "cosine",
+}
+AVERAGED = {"replays": 1, "bank_batches": 0, "generator_ema": 0.8}
 #: Each option that is not the paper's without those that shipped recipes have it with.
 BEYOND = {
     "kept ranges": (
         "bottleneck",
         {"generator": "conditional_bn", "weight_range": "mse", "feature_weight": 5.0, "lr_warmup_steps": 3},
     ),
-    "learned steps": (
-        "residual",
-        {
-            "act_range": "mse",
-            "learn_steps": True,
-            "lr_steps": 3e-3,
-            "student_optimizer": "adam",
-            "lr_schedule": "cosine",
-        },
-    ),
+    "learned steps": ("residual", LEARNED),
     "mirrored teacher": ("residual", {"mirror_teacher": True, "flip": True}),
     "low-pass": ("residual", {"low_pass": 0.6}),
     "soft labels": ("residual", {"soft_labels": 0.15}),
+    "bank": (
+        "residual",
+        {"replays": 2, "bank_batches": 3, "feature_weight": 5.0, "mirror_teacher": True, "crop": 1},
+    ),
+    "bank, learned steps": ("bottleneck", {**LEARNED, "replays": 1, "bank_batches": 2}),
+    "new images": ("residual", {"replays": 1, "bank_batches": 0, "flip": True, "mirror_teacher": True}),
+    "averaged generator": ("residual", AVERAGED),
+    "averaged generator of classes": (
+        "bottleneck",
+        {**AVERAGED, "generator": "conditional_bn", "spectral_norm": True},
+    ),
+    "spectral norm": ("residual", {"spectral_norm": True}),
 }
 
 
@@ -514,8 +560,9 @@ BEYOND = {
 def test_every_step_beyond_the_paper_equals_the_oracle(play: Callable[..., list[Step]], which: str, fuse: bool) -> None:
     network, options = BEYOND[which]
     changes = {**OTHER, **options}
+    changes["steps_per_epoch"] = STEPS_PER_EPOCH + changes.get("replays", 0)
     steps = play(network, Recipe(**changes), {**oracle_step.PAPER, **changes}, 4, fuse=fuse)
-    assert len(steps) == OTHER["epochs"] * STEPS_PER_EPOCH
+    assert len(steps) == OTHER["epochs"] * changes["steps_per_epoch"]
     if which == "soft labels":
         soft = torch.cat([step.values["soft"] for step in steps])
         assert 0.1 < soft.double().mean() < 0.9  # labels of both kinds
