@@ -1,5 +1,5 @@
-"""``python -m benchmarks``: ops, step, accuracy, predict, resources, compare, judge, routes, plot, readme, results,
-list."""
+"""``python -m benchmarks``: ops, step, accuracy, ceilings, equality, endurance, predict, against, resources, compare,
+judge, routes, plot, readme, results, list."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ _timing = _options(
     click.option(
         "--seconds", default=5.0, show_default=True, type=click.FloatRange(0), help="Timing one case takes about this."
     ),
+)
+_resume = click.option(
+    "--resume", is_flag=True, help="Keep what --json FILE holds already, measured alike here at this commit."
 )
 _dry_run = click.option("--dry-run", is_flag=True, hidden=True, help="Only look whether the other options fit.")
 _selection = _options(
@@ -116,6 +119,7 @@ def _select(
 @click.option("--kernels-only", is_flag=True, help="Only cases that a backend other than the reference serves.")
 @click.option("--limit", type=click.FloatRange(0), help="Begin no case after so many seconds; the file says which.")
 @click.option("--huge-pages", is_flag=True, help="Huge pages under every provider's new tensors (Linux, CPU).")
+@_resume
 @_dry_run
 def ops(
     suite: str,
@@ -130,6 +134,7 @@ def ops(
     kernels_only: bool,
     limit: float | None,
     huge_pages: bool,
+    resume: bool,
     dry_run: bool,
 ) -> None:
     """Time the operators against their rivals and a copy of the same bytes.
@@ -160,12 +165,12 @@ def ops(
         "seconds": seconds,
     }
     content = store.document("ops", environment, options)
-    if json_path is not None:
-        store.write(json_path, content)  # a path that cannot be written is found now
+    done = _begin(json_path, content, resume)
     click.echo(machine(environment))
     if environment["native_matches_sources"] is False:
         click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
     start = time.monotonic()
+    chosen = [case for case in chosen if case.name not in done]
     for i, case in enumerate(chosen):
         if limit is not None and time.monotonic() - start > limit:
             content["left_out"] = [later.name for later in chosen[i:]]
@@ -185,6 +190,20 @@ def ops(
     _exit_if_wrong(content["rows"])
 
 
+def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> set[str]:
+    """Find out now whether the file can be written; the cases that it holds, and `content` then too, with `resume`."""
+    from benchmarks import store
+
+    if json_path is None:
+        if resume:
+            raise click.UsageError("--resume goes on with a file: name it with --json")
+        return set()
+    if resume:
+        content["rows"] = store.rows_to_go_on_from(json_path, content)
+    store.write(json_path, content)
+    return {row["case"] for row in content["rows"]}
+
+
 def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
     if wrong := [row for row in rows if row["status"] == "wrong"]:
         for row in wrong:
@@ -202,7 +221,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @main.command()
 @_timing
 @_json
-@click.option("--suite", default="quick", show_default=True, metavar="quick|judged|full", help="Which cases.")
+@click.option("--suite", default="quick", show_default=True, metavar="quick|judged|gpu|full", help="Which cases.")
 @click.option(
     "--model",
     "models",
@@ -231,6 +250,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     metavar="FILE",
     help="Write a Chrome trace of one step of this project's instead.",
 )
+@_resume
 @_dry_run
 def step(
     device_name: str,
@@ -245,6 +265,7 @@ def step(
     authors: Path | None,
     by_size: bool,
     profile: Path | None,
+    resume: bool,
     dry_run: bool,
     **others: Any,
 ) -> None:
@@ -280,10 +301,11 @@ def step(
         "seconds": seconds,
     }
     content = store.document("step", environment, options)
-    if json_path is not None:
-        store.write(json_path, content)  # a path that cannot be written is found now
+    done = _begin(json_path, content, resume)
     click.echo(machine(environment))
     for setting in settings:
+        if setting.case() in done:
+            continue
         if by_size:
             rows = scaling.run_scaling(setting, device, environment, rounds, seconds)
             click.echo(f"\n{step_text(rows)}\n{scaling.scaling_text(rows)}")
@@ -381,6 +403,130 @@ def accuracy(
         if json_path is not None:
             rows[:] = store.merge(json_path, {**content, "rows": rows}, key)["rows"]  # and what others did meanwhile
     click.echo(text(rows))
+
+
+@main.command()
+@_timing
+@_json
+@click.option("--small", is_flag=True, help="Small sizes, to see that it runs.")
+@_dry_run
+def ceilings(
+    device_name: str,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    json_path: Path | None,
+    small: bool,
+    dry_run: bool,
+) -> None:
+    """Time copies, bfloat16 products and next to nothing: what this machine can do at best."""
+    from benchmarks import ceilings, store
+    from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.report import ceilings_text
+
+    if dry_run:
+        return
+    device = pick_device(device_name, threads)
+    environment = describe(device)
+    content = store.document("ceilings", environment, {"rounds": rounds, "seconds": seconds, "small": small})
+    _begin(json_path, content, False)
+    sizes = {"copied": ceilings.COPIED[:2], "sides": (256,)} if small else {}
+    content["rows"] = ceilings.run_ceilings(device, environment, rounds, seconds, **sizes)
+    click.echo(f"{machine(environment)}\n{ceilings_text(content['rows'])}")
+    if json_path is not None:
+        store.write(json_path, content)
+
+
+_setting = _options(
+    click.option("--device", "device_name", default="cpu", metavar="cpu|cuda", show_default=True, help="Where to run."),
+    click.option("--threads", default=2, show_default=True, help="PyTorch's threads."),
+    click.option("--model", default="resnet20", show_default=True, help="As of step."),
+    click.option("--batch-size", default=16, show_default=True),
+    click.option("--image-size", type=int, help="Pixels; by default the recipe's."),
+    click.option("--weight-bits", default=4, show_default=True),
+    click.option("--act-bits", default=4, show_default=True),
+)
+
+
+@main.command()
+@_setting
+@click.option("--steps", default=200, show_default=True, type=click.IntRange(1), help="Of either way.")
+@_json
+@_dry_run
+def equality(device_name: str, threads: int, steps: int, json_path: Path | None, dry_run: bool, **setting: Any) -> None:
+    """Train in two ways from one start, and say after how many steps their losses part.
+
+    From CUDA graphs and without, on the GPU and on the CPU, fused and layer by layer; on a CPU the last alone. Exits
+    with 1 where two ways part too early.
+    """
+    from benchmarks import store
+    from benchmarks.contest import Setting
+    from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.equality import run_equality
+    from benchmarks.report import equality_text
+
+    chosen = Setting(**setting)
+    chosen.resolved()
+    if dry_run:
+        return
+    device = pick_device(device_name, threads)
+    environment = describe(device)
+    content = store.document("equality", environment, {"steps": steps, "case": chosen.case()})
+    _begin(json_path, content, False)
+    content["rows"] = run_equality(chosen, steps, device, environment)
+    click.echo(f"{machine(environment)}\n{equality_text(content['rows'])}")
+    if json_path is not None:
+        store.write(json_path, content)
+    _exit_if_not_ok(content["rows"])
+
+
+@main.command()
+@_setting
+@click.option("--epochs", default=400, show_default=True, type=click.IntRange(2))
+@click.option("--steps-per-epoch", default=200, show_default=True, type=click.IntRange(1))
+@_json
+@_dry_run
+def endurance(
+    device_name: str,
+    threads: int,
+    epochs: int,
+    steps_per_epoch: int,
+    json_path: Path | None,
+    dry_run: bool,
+    **setting: Any,
+) -> None:
+    """Train a network of random weights for long, and see that memory and a step's time stay what they are.
+
+    Exits with 1 where they do not.
+    """
+    from benchmarks import store
+    from benchmarks.contest import Setting
+    from benchmarks.endurance import run_endurance
+    from benchmarks.environment import describe, machine, pick_device
+    from benchmarks.report import endurance_text
+
+    chosen = Setting(**setting)
+    chosen.resolved()
+    if dry_run:
+        return
+    device = pick_device(device_name, threads)
+    environment = describe(device)
+    options = {"case": chosen.case(), "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+    content = store.document("endurance", environment, options)
+    _begin(json_path, content, False)
+    content["rows"] = [run_endurance(chosen, epochs, steps_per_epoch, device, environment)]
+    click.echo(f"{machine(environment)}\n{endurance_text(content['rows'])}")
+    if json_path is not None:
+        store.write(json_path, content)
+    _exit_if_not_ok(content["rows"])
+
+
+def _exit_if_not_ok(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if row["status"] != "ok":
+            click.echo(f"wrong: {row['case']}: {row['error']}", err=True)
+    if any(row["status"] != "ok" for row in rows):
+        sys.exit(EXIT_WRONG)
 
 
 @main.command()
@@ -501,6 +647,20 @@ def compare(first: Path, second: Path, force: bool) -> None:
     from benchmarks.report import compare_text
 
     click.echo(compare_text(ratios.compare(store.read(first), store.read(second), force), first.name, second.name))
+
+
+@main.command()
+@click.argument("predictions", type=_file)
+@click.argument("results", type=_file)
+@_dry_run
+def against(predictions: Path, results: Path, dry_run: bool) -> None:
+    """Predicted and measured time of every case of a file of 'ops --device cuda', and how far they are apart."""
+    from benchmarks import store
+    from benchmarks.report import against_text
+
+    if dry_run:
+        return
+    click.echo(against_text(store.read(predictions)["rows"], store.read(results)["rows"]))
 
 
 @main.command()

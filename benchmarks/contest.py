@@ -70,6 +70,7 @@ SUITES: dict[str, tuple[tuple[str, int], ...]] = {
     "quick": (("resnet20", 16),),
     "judged": (("resnet20", 16), ("resnet18", 16)),
     "full": tuple((model, batch) for model in ("resnet20", *MODELS) for batch in (16, 128)),
+    "gpu": tuple((model, batch) for model in ("resnet20", *MODELS) for batch in (16, 64, 256)),
 }
 
 
@@ -123,6 +124,13 @@ class Start:
             self._student(images)
             set_calibrating(self._student, False)
         self._random = torch.Generator(device).manual_seed(setting.seed)
+
+    def move(self, device: torch.device) -> None:
+        """Go on from `device`: the same weights there."""
+        self.device = device
+        for network in (self._teacher, self._generator, self._student):
+            network.to(device)
+        self._random = torch.Generator(device).manual_seed(self.setting.seed)
 
     def teacher(self) -> nn.Module:
         """A copy, in eval mode; its parameters require no gradients."""

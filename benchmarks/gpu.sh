@@ -1,28 +1,42 @@
 #!/usr/bin/env bash
-# Everything a machine with an NVIDIA GPU has to do, in one command of less than ten minutes, from any directory:
+# Everything a machine with an NVIDIA GPU has to do, from any directory:
 #
-#   bash benchmarks/gpu.sh [--fresh] [--from STAGE | --only STAGE] [--dry-run] [RESULTS_DIRECTORY]
+#   bash benchmarks/gpu.sh [SET] [--fresh] [--from STAGE | --only STAGE] [--seconds N] [--dry-run | --toy] [RESULTS]
 #
-# Stages: build (with CUDA, for this machine's GPU), tests (those marked gpu), sanitizer (the kernels' tests under
-# compute-sanitizer; left out where that is missing), bench (operators and a training step; JSON in RESULTS_DIRECTORY,
-# default benchmarks/results of this repository).
-# Two more are run when asked for, by --only STAGE, in a command of less than ten minutes of its own:
-#   step: the training step of every network and batch size.
-#   accuracy: ResNet-20 trained with the recipe adadfq_plus and with the paper's, over 40 epochs, at three widths with
-#     three seeds, into accuracy-{plus,paper}-h200.json. WEIGHTS names the teacher's weights, DATA the images it is scored
-#     on (see adadfq evaluate). Where the time is up, the same command goes on after the last run that is in a file.
-# AUTHORS names a checkout of the authors' code, which plays too then (into accuracy-authors-h200.json).
+# Without SET, a check of less than ten minutes: build (with CUDA, for this machine's GPU), tests (those marked gpu),
+# sanitizer (the kernels' tests under compute-sanitizer; left out where that is missing), bench (operators and a
+# training step). JSON goes into the directory RESULTS, by default benchmarks/results of this repository.
+#
+# SET is one of two campaigns, every stage of which takes less than ten minutes:
+#   ops: build, tests, suite (all tests), sanitizer, ceilings (copies and bfloat16 products at their best), bench,
+#     judged (operators with demands, held against them), against (predictions beside the times).
+#   training: build, equality (graphs against eager, GPU against CPU), step (every network and batch size), profile (the
+#     timeline of a step), accuracy (40 epochs, the paper's recipe and adadfq_plus), schedule (the paper's 400 epochs of
+#     both), efficientnet, endurance (80,000 steps: are memory and time flat?).
+#   accuracy and schedule need WEIGHTS, the weights of the ResNet-20 teacher, and DATA, the images it is scored on (see
+#   adadfq evaluate), efficientnet IMAGES, of 224 pixels; without them they are left out. AUTHORS names a checkout of the
+#   authors' code, which plays too then.
+#
 # A finished stage leaves a stamp there and is skipped by later runs at the same commit, where nothing is changed;
-# --fresh forgets the stamps, --from and --only run their stages whatever the stamps say. A stage that takes longer
-# than its limit fails. Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
+# --fresh forgets the stamps, --from and --only run their stages whatever the stamps say. With --seconds the command
+# begins no stage whose limit does not fit into what is left of them. A stage that takes longer than its limit fails;
+# what it measured stays in its file, and the same command goes on from there: run it until it says that all is done.
+# Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.
+# --toy runs the commands of `training`, but build, on a CPU at sizes of no interest, to see that they work.
 set -euo pipefail
 
 stages=(build tests sanitizer bench)
-declare -A limits=([build]=120 [tests]=110 [sanitizer]=140 [bench]=190) # seconds; together at most 560
-alone=(step accuracy)
-limits+=([step]=560 [accuracy]=560)
+declare -A sets=(
+  [ops]="build tests suite sanitizer ceilings bench judged against"
+  [training]="build equality step profile accuracy schedule efficientnet endurance"
+)
+declare -A limits=(
+  [build]=120 [tests]=110 [sanitizer]=140 [bench]=190 # seconds; together at most 560
+  [suite]=560 [ceilings]=60 [judged]=560 [against]=30
+  [equality]=120 [step]=560 [profile]=90 [accuracy]=560 [schedule]=560 [efficientnet]=560 [endurance]=560
+)
 # Exit statuses of --inside that no command of a stage can bring about, see run().
 left_out=77 partial=78
 python=${PYTHON:-python3}
@@ -37,13 +51,24 @@ is_stage() {
   [ -n "${1:-}" ] && [ -n "${limits[$1]:-}" ]
 }
 
-dry_run= fresh= from= only= inside= results=
+dry_run= toy= fresh= from= only= inside= results= seconds= campaign=
+if [ -n "${1:-}" ] && [ -n "${sets[$1]:-}" ]; then
+  campaign=$1
+  read -ra stages <<<"${sets[$1]}"
+  shift
+fi
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=1 ;;
+    --toy) toy=1 ;;
+    --seconds)
+      [[ ${2:-} =~ ^[0-9]+$ ]] || fail "--seconds must be followed by a whole number, got '${2:-}'"
+      seconds=$2
+      shift
+      ;;
     --fresh) fresh=1 ;;
     --from | --only | --inside) # --inside: one stage, without its limit
-      is_stage "${2:-}" || fail "$1 must be followed by one of ${stages[*]} ${alone[*]}, got '${2:-}'"
+      is_stage "${2:-}" || fail "$1 must be followed by a stage, see the head of this file, got '${2:-}'"
       declare "${1#--}=$2"
       shift
       ;;
@@ -56,11 +81,13 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -z "$from" ] || [ -z "$only" ] || fail "--from and --only exclude each other"
+[ -z "$toy" ] || [ "$campaign" = training ] || fail "--toy is for the set training"
+[ -z "$toy" ] || [ -n "$results" ] || fail "--toy needs RESULTS: what it writes is of no interest"
 results=${results:-$root/benchmarks/results}
 # Relative paths are the caller's.
 case $results in /*) ;; *) results=$PWD/$results ;; esac
 case $python in /*) ;; */*) python=$PWD/$python ;; esac
-for name in AUTHORS WEIGHTS DATA; do
+for name in AUTHORS WEIGHTS DATA IMAGES; do
   case ${!name:-/} in /*) ;; *) export "$name=$PWD/${!name}" ;; esac
 done
 export PYTHON=$python
@@ -118,34 +145,111 @@ run_sanitizer() {
 run_bench() {
   # Only what a CUDA or Triton kernel serves: the rest would time the reference against itself.
   run --dry-run "$python" -m benchmarks ops --device cuda --suite gpu --kernels-only --rounds 21 --seconds 0.5 \
-    --limit 140 --json "$results/ops-cuda.json"
+    --resume --limit 140 --json "$results/ops-cuda.json"
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
   run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
-  run --dry-run "$python" -m benchmarks step --device cuda --providers "plain,adadfq*" --rounds 21 --seconds 10 --json "$results/step-cuda.json"
-  [ -n "$dry_run" ] ||
-    "$python" -c 'import json, sys; sys.exit(bool(json.load(open(sys.argv[1]))["left_out"]))' "$results/ops-cuda.json" ||
-    return "$partial"
+  run --dry-run "$python" -m benchmarks step --device cuda --providers "plain,adadfq*" --rounds 21 --seconds 10 \
+    --resume --json "$results/step-cuda.json"
+  [ -n "$dry_run" ] || is_complete "$results/ops-cuda.json" || return "$partial"
+}
+
+run_suite() {
+  local jobs
+  jobs=$(nproc)
+  # Those marked gpu share one device, and have run in stage tests.
+  run --collect-only "$python" -m pytest -q -n "$((jobs > 16 ? 16 : jobs))" --dist loadfile -m "not gpu" tests
+}
+
+run_ceilings() {
+  run --dry-run "$python" -m benchmarks ceilings --device cuda --rounds 21 --seconds 2 --json "$results/ceilings-cuda.json"
+}
+
+run_judged() {
+  run --dry-run "$python" -m benchmarks ops --device cuda --suite judged --rounds 21 --seconds 0.5 --resume --limit 480 \
+    --json "$results/ops-judged-cuda.json"
+  [ -n "$dry_run" ] || is_complete "$results/ops-judged-cuda.json" || return "$partial"
+}
+
+run_against() {
+  run --dry-run "$python" -m benchmarks against "$root/benchmarks/results/predictions-h200.json" "$results/ops-cuda.json"
+}
+
+is_complete() {
+  "$python" -c 'import json, sys; sys.exit(bool(json.load(open(sys.argv[1]))["left_out"]))' "$1"
+}
+
+# Of --toy: where and how small.
+device=cuda small=() short=() compared=200 profiled=(resnet20 resnet18)
+if [ -n "$toy" ]; then
+  device=cpu compared=2 profiled=(resnet20) small=(--threads 2 --batch-size 8 --image-size 16)
+  short=(--bits 4 --seeds 1 --set epochs=4 --set steps_per_epoch=2 --set warmup_epochs=2 --set calibration_epochs=2)
+fi
+
+run_equality() {
+  run --dry-run "$python" -m benchmarks equality --device "$device" --steps "$compared" "${small[@]}" \
+    --json "$results/equality-$device.json"
 }
 
 run_step() {
-  local others=()
+  local others=() cases=(--suite gpu --rounds 21 --seconds 10)
   [ -z "${AUTHORS:-}" ] || others=(--authors "$AUTHORS")
-  run --dry-run "$python" -m benchmarks step --device cuda --suite full --rounds 21 --seconds 10 \
-    --providers "plain,adadfq*${AUTHORS:+,authors}" "${others[@]}" --json "$results/step-full-cuda.json"
+  [ -z "$toy" ] || cases=(--threads 2 --providers adadfq --rounds 5 --seconds 0) # smaller steps agree less
+  run --dry-run "$python" -m benchmarks step --device "$device" "${cases[@]}" --resume \
+    "${others[@]}" --json "$results/step-all-$device.json"
+}
+
+run_profile() {
+  local model
+  for model in "${profiled[@]}"; do
+    run --dry-run "$python" -m benchmarks step --device "$device" --model "$model" "${small[@]}" \
+      --profile "$results/trace-$model-$device.json"
+  done
+}
+
+# train STUDY FILE MODEL OPTION...: the runs of a study; those in the file already are not repeated.
+train() {
+  local study=$1 file=$2 model=$3
+  shift 3
+  run --dry-run "$python" -m benchmarks accuracy "$model" --study "$study" --device "$device" "$@" \
+    --json "$results/accuracy-$file-$device.json"
+}
+
+# missing STAGE: what a stage needs and was not told of.
+missing() {
+  case $1 in
+    accuracy | schedule)
+      [ -n "${WEIGHTS:-}" ] && [ -n "${DATA:-}" ] ||
+        echo "needs WEIGHTS, the teacher's weights, and DATA, the images it is scored on"
+      ;;
+    efficientnet) [ -n "${IMAGES:-}" ] || echo "needs IMAGES, of 224 pixels, to score on" ;;
+    build) [ -z "$toy" ] || echo "is not for --toy" ;;
+  esac
 }
 
 run_accuracy() {
-  local study
-  if [ -z "$dry_run" ] && { [ -z "${WEIGHTS:-}" ] || [ -z "${DATA:-}" ]; }; then
-    fail "stage accuracy needs WEIGHTS, the teacher's weights, and DATA, the images it is scored on"
-  fi
-  local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" --device cuda)
-  for study in plus paper; do
-    run --dry-run "$python" -m benchmarks accuracy resnet20 --study "$study" "${common[@]}" \
-      --json "$results/accuracy-$study-h200.json"
-  done
-  [ -z "${AUTHORS:-}" ] || run --dry-run "$python" -m benchmarks accuracy resnet20 --study paper "${common[@]}" \
-    --authors "$AUTHORS" --json "$results/accuracy-authors-h200.json"
+  local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" "${short[@]}")
+  train plus plus resnet20 "${common[@]}"
+  train paper paper resnet20 "${common[@]}"
+  [ -z "${AUTHORS:-}" ] || train paper authors resnet20 "${common[@]}" --authors "$AUTHORS"
+}
+
+run_schedule() {
+  local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" "${short[@]}")
+  train schedule schedule resnet20 "${common[@]}"
+  train schedule_plus schedule-plus resnet20 "${common[@]}" --set precision=bfloat16
+}
+
+run_efficientnet() {
+  local long=(--bits 4 --set epochs=40 --set steps_per_epoch=200 --set precision=bfloat16)
+  [ -z "$toy" ] || long=("${short[@]}" --set batch_size=2 --set replays=0)
+  train efficientnet efficientnet benchmarks.teachers:efficientnet_lite0 --data "${IMAGES:-IMAGES}" "${long[@]}"
+}
+
+run_endurance() {
+  local long=(--epochs 400)
+  [ -z "$toy" ] || long=(--epochs 12 --steps-per-epoch 2)
+  run --dry-run "$python" -m benchmarks endurance --device "$device" "${long[@]}" "${small[@]}" \
+    --json "$results/endurance-$device.json"
 }
 
 if [ -n "$inside" ]; then
@@ -157,13 +261,12 @@ command -v timeout >/dev/null || fail "timeout (of GNU coreutils) is not on PATH
 command -v "$python" >/dev/null || fail "$python is not on PATH; PYTHON names the interpreter"
 "$python" -c "import adadfq.ops, benchmarks.ops, benchmarks.step, pip" ||
   fail "adadfq or what it needs is not installed; pip install -e '.[test]' first"
-if [ -z "$dry_run" ] && ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
+if [ -z "$dry_run$toy" ] && ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
   fail "torch sees no CUDA device; nothing was run (--dry-run needs none)"
 fi
 
-for stage in "${alone[@]}"; do
-  [ "$only$from" != "$stage" ] || stages=("$stage")
-done
+# A stage of another set is run alone.
+[ -z "$only$from" ] || [[ " ${stages[*]} " == *" $only$from "* ]] || stages=("$only$from")
 
 # A stamp names a commit, and so says nothing where there is none or the files are others.
 commit=$(git rev-parse HEAD 2>/dev/null) || commit=
@@ -186,6 +289,15 @@ for stage in "${stages[@]}"; do
     echo "stage $stage: done at this commit, skipped"
     continue
   fi
+  if [ -z "$dry_run" ] && [ -n "$(missing "$stage")" ]; then
+    [ "$only" != "$stage" ] || fail "stage $stage $(missing "$stage")"
+    notes+=("stage $stage was left out: it $(missing "$stage")")
+    continue
+  fi
+  if [ -n "$seconds" ] && ((SECONDS + ${limits[$stage]} > seconds)); then
+    notes+=("stage $stage and what follows do not fit into $seconds s: the same command goes on with them")
+    break
+  fi
   echo "stage $stage: at most ${limits[$stage]} s"
   if [ -n "$dry_run" ]; then
     "run_$stage"
@@ -193,14 +305,14 @@ for stage in "${stages[@]}"; do
   fi
   rm -f "$stamp"
   status=0
-  timeout --kill-after=5 "${limits[$stage]}" bash "$root/benchmarks/gpu.sh" --inside "$stage" "$results" &
+  timeout --kill-after=5 "${limits[$stage]}" bash "$root/benchmarks/gpu.sh" ${toy:+training --toy} --inside "$stage" "$results" &
   running=$!
   wait "$running" || status=$?
   running=
   case $stage-$status in
     *-0) [ -z "$commit" ] || echo "$commit" >"$stamp" ;;
     sanitizer-"$left_out") notes+=("stage sanitizer was left out: no compute-sanitizer on PATH") ;;
-    bench-"$partial") notes+=("stage bench is not complete: its time was up; --only bench runs it again") ;;
+    *-"$partial") notes+=("stage $stage is not complete: its time was up; the same command goes on with it") ;;
     *-124 | *-137) fail "stage $stage took longer than ${limits[$stage]} s; run again to go on from it" ;;
     *) fail "stage $stage failed ($status); run again to go on from it" ;;
   esac

@@ -27,6 +27,8 @@ PLAIN = "plain"
 COMPILE = "torch.compile"
 OURS = "adadfq"
 OURS_BF16 = "adadfq-bf16"
+EAGER = "adadfq-eager"
+EAGER_BF16 = "adadfq-bf16-eager"
 REFERENCE = "eager reference"
 
 
@@ -101,12 +103,11 @@ def _kept_buffers() -> Iterator[None]:
 
 
 class Ours:
-    """:class:`adadfq.Trainer`, with both networks in training; `plainly` without fused networks and CUDA graphs."""
+    """:class:`adadfq.Trainer`, with both networks in training; `how` is given to it."""
 
-    def __init__(self, start: Start, precision: str = "float32", plainly: bool = False) -> None:
+    def __init__(self, start: Start, precision: str = "float32", **how: Any) -> None:
         self._start = start
         recipe = start.recipe.replace(precision=precision)
-        how = {"fuse": False, "capture": False} if plainly else {}
         self.trainer = adadfq.Trainer(
             start.teacher(), start.student(), recipe, start.generator(), device=start.device, progress=False, **how
         )
@@ -149,6 +150,8 @@ class Kind:
     precision: str = "float32"
     backend: str | None = None
     """What serves adadfq's operators meanwhile; None where it calls none of them."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Types of device on which it is another one than those before it."""
 
 
 #: Who can play. The last one's checked step is what the others' are compared with.
@@ -158,5 +161,13 @@ KINDS: tuple[Kind, ...] = (
     Kind(COMPILE, lambda start, _: Plain(start, compiled=True)),
     Kind(OURS, lambda start, _: Ours(start), backend="auto"),
     Kind(OURS_BF16, lambda start, _: Ours(start, "bfloat16"), "bfloat16", "auto"),
-    Kind(REFERENCE, lambda start, _: Ours(start, plainly=True), backend="reference"),
+    Kind(EAGER, lambda start, _: Ours(start, capture=False), backend="auto", devices=("cuda",)),
+    Kind(
+        EAGER_BF16,
+        lambda start, _: Ours(start, "bfloat16", capture=False),
+        "bfloat16",
+        "auto",
+        devices=("cuda",),
+    ),
+    Kind(REFERENCE, lambda start, _: Ours(start, fuse=False, capture=False), backend="reference"),
 )

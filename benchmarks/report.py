@@ -12,7 +12,7 @@ from benchmarks.cases import LOGIT_LOSSES, TINY
 from benchmarks.environment import machine
 from benchmarks.players import AUTHORS
 from benchmarks.players import PLAIN as STEP_PLAIN
-from benchmarks.providers import BARE, COMPILE, COPY, NATIVE
+from benchmarks.providers import BARE, COMPILE, COPY, NATIVE, OURS
 from benchmarks.ratios import EAGER, RIVALS, Comparison, Judgement, Row
 from benchmarks.report_step import predictions_block
 from benchmarks.resources import arch_number
@@ -92,6 +92,63 @@ def _predicted_cells(rows: Sequence[Row]) -> list[str]:
         _span([row["predicted_us"] for row in rows]),
         _span([row["fraction_of_copy"] for row in rows]),
     ]
+
+
+def against_text(predicted: Sequence[Row], measured: Iterable[Row]) -> str:
+    """Predictions beside the times of the same case and backend, the farthest apart first."""
+    ours = [row for row in measured if row["status"] == "ok" and row["provider"] == f"{OURS}{row['backend']}"]
+    times = {(row["case"], row["backend"]): row for row in ours}
+    found = [(row, times[row["case"], row["backend"]]) for row in predicted if (row["case"], row["backend"]) in times]
+    header = ["case", "backend", "predicted us", "measured us", "measured / predicted"]
+    header += ["of copy, predicted", "measured", "predicted bound"]
+    lines = []
+    for row, time in sorted(found, key=lambda pair: -pair[1]["p50_ms"] * 1e3 / pair[0]["predicted_us"]):
+        us = time["p50_ms"] * 1e3
+        lines.append(
+            [
+                row["case"],
+                row["backend"],
+                number(row["predicted_us"]),
+                number(us),
+                number(us / row["predicted_us"]),
+                number(row["fraction_of_copy"]),
+                number(time["fraction_of_copy"]),
+                row["bound_by"],
+            ]
+        )
+    without = len(predicted) - len(found)
+    note = f"\n{without} predictions have no time" if without else ""
+    return text_table(header, lines) + note
+
+
+def ceilings_text(rows: Iterable[Row]) -> str:
+    """Every ceiling."""
+    keys = ("p20_ms", "p50_ms", "p80_ms", "gb_per_s", "tflop_per_s")
+    header = ["ceiling", "p20 ms", "p50 ms", "p80 ms", "GB/s", "TFLOP/s"]
+    return text_table(header, [[row["what"], *(number(row[key]) for key in keys)] for row in rows])
+
+
+def equality_text(rows: Iterable[Row]) -> str:
+    """Every pair of ways, and when they part."""
+    header = ["pair", "steps", "equal steps", "needed", ""]
+    lines = [
+        [row["pair"], *(str(row[key]) for key in ("steps", "equal_steps", "needed_steps")), row["status"]]
+        for row in rows
+    ]
+    return text_table(header, lines)
+
+
+def endurance_text(rows: Iterable[Row]) -> str:
+    """Every long training."""
+    header = ["case", "steps", "ms a step", "MB of tensors, first and last", "MB of the process, first and last", ""]
+    lines = []
+    for row in rows:
+        memory = [
+            " - ".join(number(values[i] / 1e6) for i in (0, -1)) if values else "-"
+            for values in (row["allocated_bytes"], row["reserved_bytes"])
+        ]
+        lines.append([row["case"], str(row["steps"]), number(row["step_ms"]), *memory, row["status"]])
+    return text_table(header, lines)
 
 
 def resources_text(rows: Iterable[Row]) -> str:

@@ -20,6 +20,7 @@ Decided = Mapping[int, bool]
 
 _BRANCH = re.compile(r"^(@\S+ )?BRA\b.*?0x([0-9a-f]+)$")
 _ACCESS = re.compile(r"^(?:@\S+ )?(LDG|STG|LDGSTS)((?:\.\w+)*)")
+_CALL = re.compile(r"^(?:@\S+ )?CALL\b.*?0x([0-9a-f]+)$")
 _STACK = re.compile(r"^(?:@\S+ )?(?:STL|LDL)\b")
 _RARE = re.compile(r"^(?:@\S+ )?(?:CALL|D(?:ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w*64H)")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -188,14 +189,41 @@ def around(code: Listing) -> int:
     return sum(is_in(address, graph.spans) and not is_in(address, graph.inner) for address, _ in code)
 
 
-def stacked(code: Listing) -> list[str]:
-    """Instructions in loops that store to a thread's stack, or load from it."""
-    graph = _Code(code, {})
-    return [
-        text
-        for address, text in code
-        if _STACK.match(text) and any(first <= address <= last for first, last in graph.spans)
-    ]
+def stack_accesses_in_loops(code: Listing) -> list[str]:
+    """Instructions of loops, and of what they call, that store to a thread's stack or load from it."""
+    place = {address: i for i, (address, _) in enumerate(code)}
+    following: list[list[int]] = []
+    calls: list[tuple[int, int]] = []
+    for i, (_, text) in enumerate(code):
+        branch, call = _BRANCH.match(text), _CALL.match(text)
+        ends = text.startswith(("EXIT", "RET")) or (branch is not None and branch[1] is None)
+        following.append([] if ends or i + 1 == len(code) else [i + 1])
+        if branch and (target := place.get(int(branch[2], 16))) is not None:
+            following[i].append(target)
+        if call and (target := place.get(int(call[1], 16))) is not None:
+            calls.append((i, target))
+
+    def reached(starts: Iterable[int]) -> set[int]:
+        found, ahead = set(), list(starts)
+        while ahead:
+            if (i := ahead.pop()) not in found:
+                found.add(i)
+                ahead += following[i]
+        return found
+
+    returns = {i for i, (_, text) in enumerate(code) if "RET." in text}
+    for i, entry in list(calls):
+        if not returns & reached([entry]):  # no call, but a jump
+            following[i].append(entry)
+            calls.remove((i, entry))
+
+    def goes_round(i: int, callers: frozenset[int] = frozenset()) -> bool:
+        if i in reached(following[i]):
+            return True
+        sites = {site for site, entry in calls if i in reached([entry])} - callers
+        return any(goes_round(site, callers | sites) for site in sites)
+
+    return [text for i, (_, text) in enumerate(code) if _STACK.match(text) and goes_round(i)]
 
 
 def per_element(

@@ -103,7 +103,8 @@ def run_step(
     Raises:
         InvalidInputError: the model, the recipe or the sizes do not fit together, or a pattern fits no player.
     """
-    entries = prepared(setting, device, environment, authors, chosen(patterns))
+    kinds = [kind for kind in chosen(patterns) if device.type in kind.devices]
+    entries = prepared(setting, device, environment, authors, kinds)
     timed = [entry for entry in entries if entry.row["status"] == "ok"]
     samples = timing.measure([entry.provider() for entry in timed], device, rounds, seconds, MIN_ROUNDS)
     for entry in timed:

@@ -152,6 +152,45 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "predicted_low_us": (float,),
         "predicted_high_us": (float,),
     },
+    # Of benchmarks/ceilings.py: what a machine can do at best.
+    "ceilings": {
+        "what": (str,),
+        "p20_ms": (float,),
+        "p50_ms": (float,),
+        "p80_ms": (float,),
+        "bytes_moved": (int,),
+        "flops": (int,),
+        "gb_per_s": (float, NoneType),
+        "tflop_per_s": (float, NoneType),
+        **_ENVIRONMENT,
+    },
+    # Of benchmarks/equality.py: two ways to run one training, and their losses (generator's, student's) by step.
+    "equality": {
+        "pair": (str,),
+        "case": (str,),
+        "steps": (int,),
+        "equal_steps": (int,),
+        "needed_steps": (int,),
+        "status": (str,),
+        "error": (str, NoneType),
+        "losses_first": (list,),
+        "losses_second": (list,),
+        **_ENVIRONMENT,
+    },
+    # Of benchmarks/endurance.py: a whole training; memory after every epoch.
+    "endurance": {
+        "case": (str,),
+        "recipe": (str,),
+        "steps": (int,),
+        "steps_per_epoch": (int,),
+        "status": (str,),
+        "error": (str, NoneType),
+        "epoch_seconds": (list,),
+        "allocated_bytes": (list,),
+        "reserved_bytes": (list,),
+        "step_ms": (float, NoneType),
+        **_ENVIRONMENT,
+    },
     # Of benchmarks/resources.py: a kernel for one architecture.
     "resources": {
         "source": (str,),
@@ -243,6 +282,24 @@ def merge(path: Path, content: dict[str, Any], key: Callable[[dict[str, Any]], s
                 return merged  # nothing is new: the file stays as it is
         write(path, merged)
         return merged
+
+
+def rows_to_go_on_from(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the file at `path` where it was begun as `content` is, on such a machine at the same clean commit.
+
+    Otherwise, and where there is no file, none: what is measured then is all measured alike.
+
+    Raises:
+        InvalidInputError: there is a file, and it is none of results.
+    """
+    if not path.exists():
+        return []
+    before = read(path)
+    same = all(before[part] == content[part] for part in ("kind", "options"))
+    known = ("device_name", "cpu", "threads", "versions", "git_commit", "git_dirty", "native_matches_sources")
+    here = content["environment"]
+    same = same and all(before["environment"][key] == here[key] for key in known)
+    return before["rows"] if same and here["git_commit"] and not here["git_dirty"] else []
 
 
 @contextmanager

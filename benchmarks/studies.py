@@ -46,6 +46,10 @@ STUDIES: dict[str, Study] = {
     "plus": Study(
         "The recipe adadfq_plus, over as many steps.", (3, 4, 5), "adadfq_plus", {"epochs": 40, "steps_per_epoch": 200}
     ),
+    "schedule": Study("The paper's recipe over its whole schedule, 400 epochs of 200 steps.", (3, 4, 5)),
+    "schedule_plus": Study(
+        "The recipe adadfq_plus over as many steps.", (3, 4, 5), "adadfq_plus", {"epochs": 400, "steps_per_epoch": 200}
+    ),
     "fast": Study(
         "How far does adadfq_plus come in a fifth of the steps?",
         (3, 4),

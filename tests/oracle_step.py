@@ -1,23 +1,25 @@
-"""Training step by step in float64 and plain PyTorch, written from the paper's formulas, importing no package code.
+"""Training step by step in float64 and plain PyTorch, written from the formulas, importing no package code.
 
-:class:`OracleTraining` plays both players' steps: the generator, the two networks, every loss, the gradients (by
-autograd), the optimizers and the schedule. Networks are functions of a player and the images, in terms of the player's
-layers.
+:class:`OracleTraining` plays the steps of both players, and those of the student alone: the generator, the two
+networks, every loss, the gradients (by autograd), the optimizers, the schedule, the bank of kept batches and the
+average of the generator. The paper's settings are as it says them; where others are from is said beside them.
 Parameters are named as the package names them in a state_dict, which is what both sides start from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import oracle
 import torch
+from oracle_generator import generate, low_passed
+from oracle_optimizers import SGD, Adam
+from oracle_players import SHARES, Edges, Network, Range, Student, Teacher, weight_quantizer
 from torch import Tensor
-from torch.nn import functional as torch_F
 
-#: The paper's CIFAR-10 settings, and every setting that this file computes.
+#: The paper's CIFAR-10 settings, and every other setting there is, with the value that leaves it out.
 PAPER: dict[str, Any] = {
     "num_classes": 10,
     "image_size": 32,
@@ -58,7 +60,7 @@ PAPER: dict[str, Any] = {
     "low_pass": 0.0,
     "soft_labels": 0.0,
     "replays": 0,
-    "bank_batches": 64,
+    "bank_batches": 64,  # of which without replays nothing is drawn
     "generator_ema": 0.0,
     "spectral_norm": False,
     "lr_schedule": "step",
@@ -75,14 +77,8 @@ CHOICES = {
 #: Fields of a recipe without a part in a step's mathematics: here all of it is in float64.
 NO_PART = {"name", "source", "mean", "std", "precision", "by_weight_bits"}
 
-RANGE_MOMENTUM = 0.9
-BATCH_NORM_MOMENTUM = 0.1
-BATCH_NORM_EPS = 1e-5
-ADAM_EPS = 1e-8
 STUDENT_BETAS = 0.9, 0.999
-#: Of a range: those of which the one of least squared error is taken.
-SHARES = [k / 50 for k in range(50, 9, -1)]
-#: Generated batches on which an activation's is found.
+#: Generated batches on which an activation's range of least error is found.
 RANGE_BATCHES = 8
 
 
@@ -126,6 +122,10 @@ class Phase(NamedTuple):
 
     trains_student: bool
     moves_ranges: bool
+    starts_student: bool
+    """Whether it is the first to train the student."""
+    is_replay: bool
+    """Whether the student trains alone."""
     lr_generator: float
     lr_student: float
     lr_steps: float
@@ -147,349 +147,19 @@ def phase(settings: Mapping[str, Any], step: int) -> Phase:
     return Phase(
         epoch >= settings["warmup_epochs"],
         epoch < settings["calibration_epochs"],
+        step == start,
+        step >= start and (step - start) % (settings["replays"] + 1) > 0,
         settings["lr_generator"] * decay,
         settings["lr_student"] * decay * rise,
         settings["lr_steps"] * decay * rise,
     )
 
 
-class Edges:
-    """How near a step came to where a function jumps or bends.
-
-    Two right computations, an ulp apart, may fall on different sides there.
-    """
-
-    def __init__(self) -> None:
-        self.nearest, self.where = math.inf, "nowhere"
-
-    def add(self, where: str, distances: Tensor) -> None:
-        distance = distances.detach().abs().min().item()
-        if not distance >= self.nearest:  # NaN is nearest
-            self.nearest, self.where = distance, where
-
-
-def float32_quantizer(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """scale and zero point over float32 ends, rounded to float32 after every operation; in float64."""
-    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = (hi - lo) / (2**bits - 1)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale.double(), torch.round(-lo / scale).double()
-
-
-class Range:
-    """An activation's range: an average of batches' ends, in which every batch weighs 0.9 of the next one.
-
-    The package documents that it keeps ranges and step sizes in float32 whatever the network is in; so does this one.
-    """
-
-    def __init__(self, bits: int) -> None:
-        self.bits, self.batches = bits, 0
-        self.lo = self.hi = torch.zeros(())
-        self.scale, self.zero_point = float32_quantizer(self.lo, self.hi, bits)
-        #: Of the range shrunk to each of SHARES, while that is asked.
-        self.errors: Tensor | None = None
-
-    def move(self, x: Tensor) -> None:
-        self.batches += 1
-        rate = oracle.moving_average_rate(self.batches, RANGE_MOMENTUM)
-        ends = x.detach().min(), x.detach().max()
-        self.lo, self.hi = (
-            (past.double() * (1 - rate) + end * rate).float()
-            for past, end in zip((self.lo, self.hi), ends, strict=True)
-        )
-        self.scale, self.zero_point = float32_quantizer(self.lo, self.hi, self.bits)
-
-    def add_errors(self, x: Tensor) -> None:
-        quantizers = [float32_quantizer(self.lo * share, self.hi * share, self.bits) for share in SHARES]
-        found = [(oracle.quantize(x, *quantizer, self.bits) - x).square().sum() for quantizer in quantizers]
-        self.errors = torch.stack(found) + (0 if self.errors is None else self.errors)
-
-    def shrink(self, edges: Edges) -> None:
-        """To the share of least error over what :meth:`add_errors` saw."""
-        assert self.errors is not None
-        share = SHARES[int(least(self.errors[:, None], edges))]
-        self.lo, self.hi, self.errors = self.lo * share, self.hi * share, None
-        self.scale, self.zero_point = float32_quantizer(self.lo, self.hi, self.bits)
-
-
-def least(errors: Tensor, edges: Edges) -> Tensor:
-    """Position along dimension 0 of the least of each column, which the package looks for in float32."""
-    first, second = errors.sort(0).values[:2]
-    # Sums of squares in float32 are good for 1e-6, which is to count for as little as 1e-10 does elsewhere.
-    edges.add("share of least error", (second - first) / second * 1e-4)
-    return errors.argmin(0)
-
-
-def weight_quantizer(weight: Tensor, bits: int, method: str, edges: Edges) -> tuple[Tensor, Tensor]:
-    """scale and zero point of each channel, in float32: over min/max, or over the share of it of least error."""
-    rows = weight.detach().flatten(1)
-    if method == "minmax":
-        scale, zero_point = oracle.quantizer_range(rows.min(1).values, rows.max(1).values, bits)
-        return scale.float().double(), zero_point
-    rows = rows.float()
-    lo, hi = rows.min(1).values, rows.max(1).values
-    tried = [float32_quantizer(lo * share, hi * share, bits) for share in SHARES]
-    errors = [
-        (oracle.quantize(rows, scale[:, None], zero_point[:, None], bits) - rows).square().sum(1)
-        for scale, zero_point in tried
-    ]
-    best, channels = least(torch.stack(errors), edges), torch.arange(len(rows))
-    return torch.stack([t[0] for t in tried])[best, channels], torch.stack([t[1] for t in tried])[best, channels]
-
-
-def learned(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """LSQ (Esser et al., ICLR 2020): round's derivative is taken for 1, clamp's is its own; so is the scale's."""
-    steps = x / scale
-    whole = steps + (torch.round(steps) - steps).detach()
-    lower, upper = -zero_point, 2**bits - 1 - zero_point
-    whole = torch.where(torch.round(steps) < lower, lower, torch.where(torch.round(steps) > upper, upper, whole))
-    return whole * scale
-
-
-class Teacher:
-    """Layers by name over float parameters, collecting the statistics loss of every BatchNorm it passes."""
-
-    def __init__(self, state: Mapping[str, Tensor], edges: Edges) -> None:
-        self.state, self.edges = state, edges
-        self.statistics_losses: list[Tensor] = []
-        self.features: list[Tensor] = []
-
-    def block_end(self, x: Tensor) -> Tensor:
-        self.features.append(x)
-        return x
-
-    def weight(self, name: str) -> Tensor:
-        return self.state[f"{name}.weight"]
-
-    def conv(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
-        """Square kernels, padded to keep the size at stride 1."""
-        weight = self.weight(name)
-        return torch_F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, weight.shape[2] // 2, groups=groups)
-
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        return torch_F.linear(x, self.weight(name), self.state.get(f"{name}.bias"))
-
-    def batch_norm(self, x: Tensor, name: str) -> Tensor:
-        mean, var, weight, bias = (
-            self.state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
-        )
-        self.normalised(x, mean, var)
-        return oracle.batch_norm(x, mean, var, weight, bias, BATCH_NORM_EPS)
-
-    def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
-        self.statistics_losses.append(oracle.batch_norm_statistics_loss(x, mean, var))
-
-    def act(self, x: Tensor, kind: str) -> Tensor:
-        self.edges.add(f"{type(self).__name__.lower()}'s {kind} at 0", x)
-        if kind == "relu6":
-            self.edges.add(f"{type(self).__name__.lower()}'s relu6 at 6", x - 6)
-        return oracle.activation(x, kind)
-
-
-class Student(Teacher):
-    """The same layers with rounded weights, and with activations rounded over ranges that move or stand still.
-
-    In `state`, a layer's weight may have a scale and a zero point of its own, and a range ("range 0", "range 1", ...) a
-    scale; where those require a gradient, they are learned.
-    """
-
-    def __init__(self, state: Mapping[str, Tensor], edges: Edges, bits: int, ranges: list[Range], moving: bool) -> None:
-        super().__init__(state, edges)
-        self.bits, self.ranges, self.moving = bits, iter(enumerate(ranges)), moving
-
-    def weight(self, name: str) -> Tensor:
-        weight, scale = self.state[f"{name}.weight"], self.state.get(f"{name}.weight_scale")
-        if scale is not None:
-            zero_point = self.state[f"{name}.weight_zero_point"]
-        else:
-            rows = weight.detach().flatten(1)
-            lo, hi = rows.min(1).values, rows.max(1).values
-            scale, zero_point = oracle.quantizer_range(lo, hi, self.bits)
-            self.edges.add(f"zero point of {name}.weight", oracle.tie_distance(lo.clamp(max=0), scale))
-        each = (-1,) + (1,) * (weight.dim() - 1)
-        return self.round(f"{name}.weight", weight, scale.reshape(each), zero_point.reshape(each), self.bits)
-
-    def round(self, what: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        self.edges.add(f"rounding of {what}", oracle.tie_distance(x.detach(), scale.detach()))
-        return (learned if scale.requires_grad else oracle.straight_through)(x, scale, zero_point, bits)
-
-    def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
-        pass  # only the teacher's statistics are matched
-
-    def act(self, x: Tensor, kind: str) -> Tensor:
-        x = super().act(x, kind)
-        i, range_ = next(self.ranges)
-        if self.moving:
-            range_.move(x)
-        if range_.errors is not None:
-            range_.add_errors(x)
-        scale = self.state.get(f"range {i}.scale", range_.scale)
-        return self.round(f"range {i}", x, scale, range_.zero_point, range_.bits)
-
-
-#: logits = network(player, images)
-Network = Callable[[Teacher, Tensor], Tensor]
-
-
-def residual_net(net: Teacher, x: Tensor) -> Tensor:
-    """A basic block between two convolutions, the last with a bias and stride 2."""
-    x = net.act(net.batch_norm(net.conv(x, "conv1"), "bn1"), "relu")
-    y = net.act(net.batch_norm(net.conv(x, "conv2"), "bn2"), "relu")
-    x = net.block_end(net.act(net.batch_norm(net.conv(y, "conv3"), "bn3") + x, "relu"))
-    x = net.act(net.batch_norm(net.conv(x, "conv4", stride=2), "bn4"), "relu")
-    return net.linear(x.flatten(1), "linear")
-
-
-def bottleneck_net(net: Teacher, x: Tensor) -> Tensor:
-    """MobileNetV2's block: ReLU6, a depthwise convolution, and a sum without an activation."""
-    x = net.act(net.batch_norm(net.conv(x, "stem", stride=2), "bn1"), "relu6")
-    y = net.act(net.batch_norm(net.conv(x, "expand"), "bn2"), "relu6")
-    y = net.act(net.batch_norm(net.conv(y, "depthwise", groups=y.shape[1]), "bn3"), "relu6")
-    x = net.block_end(x + net.batch_norm(net.conv(y, "project"), "bn4"))
-    x = net.act(net.batch_norm(net.conv(x, "head"), "bn5"), "relu6")
-    return net.linear(x.flatten(1), "linear")
-
-
-def resnet20(net: Teacher, x: Tensor) -> Tensor:
-    """He et al. 2015, section 4.2, with shortcuts that take every second pixel and pad channels with zeros."""
-    x = net.act(net.batch_norm(net.conv(x, "conv1"), "bn1"), "relu")
-    for layer in (1, 2, 3):
-        for i in range(3):
-            name, stride = f"layer{layer}.{i}", 2 if layer > 1 and i == 0 else 1
-            y = net.act(net.batch_norm(net.conv(x, f"{name}.conv1", stride=stride), f"{name}.bn1"), "relu")
-            y = net.batch_norm(net.conv(y, f"{name}.conv2"), f"{name}.bn2")
-            if stride == 2:
-                small = x[:, :, ::2, ::2]
-                zeros = torch.zeros_like(small[:, : small.shape[1] // 2])
-                x = torch.cat([zeros, small, zeros], 1)
-            x = net.block_end(net.act(y + x, "relu"))
-    return net.linear(x.mean((2, 3)), "linear")
-
-
-def _plain_affine(state: Mapping[str, Tensor], norm: str, labels: Tensor) -> tuple[Tensor, Tensor, str]:
-    return state[f"{norm}.weight"], state[f"{norm}.bias"], norm
-
-
-def _class_affine(state: Mapping[str, Tensor], norm: str, labels: Tensor) -> tuple[Tensor, Tensor, str]:
-    return state[f"{norm}.weight.weight"][labels], state[f"{norm}.bias.weight"][labels], f"{norm}.norm"
-
-
-#: Scale and shift of an inner norm, and where its statistics are.
-GENERATOR_NORMS = {"label_embedding": _plain_affine, "conditional_bn": _class_affine}
-
-
-def generate(
-    kind: str, state: Mapping[str, Tensor], noise: Tensor, labels: Tensor, edges: Edges
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(images, running statistics afterwards) of a generator in train mode."""
-    state, statistics = divided_by_largest_singular_value(state)
-
-    def norm(x: Tensor, name: str, eps: float, slope: float) -> Tensor:
-        weight = bias = None
-        where = name
-        if name != "image_norm":
-            weight, bias, where = GENERATOR_NORMS[kind](state, name, labels)
-        y, mean, var = oracle.batch_norm_act(x, weight, bias, eps, slope)
-        if slope != 1:
-            edges.add("generator's LeakyReLU at 0", y)
-        count = x.numel() // x.shape[1]
-        moved = {"running_mean": mean, "running_var": var * count / (count - 1)}
-        for key, value in moved.items():
-            past = state[f"{where}.{key}"]
-            statistics[f"{where}.{key}"] = (past + BATCH_NORM_MOMENTUM * (value - past)).detach()
-        tracked = f"{where}.num_batches_tracked"
-        statistics[tracked] = state[tracked] + 1
-        return y
-
-    def conv(x: Tensor, name: str) -> Tensor:
-        return torch_F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding=1)
-
-    def double(x: Tensor) -> Tensor:
-        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-    x = noise if kind == "conditional_bn" else noise * state["label_embedding.weight"][labels]
-    x = torch_F.linear(x, state["project.weight"], state["project.bias"])
-    size = math.isqrt(x.shape[1] // 128)
-    x = norm(x.reshape(-1, 128, size, size), "norm1", BATCH_NORM_EPS, 1.0)
-    # The authors' code passes 0.8 where BatchNorm takes its eps.
-    x = norm(conv(double(x), "conv2"), "norm2", 0.8, 0.2)
-    x = norm(conv(double(x), "conv3"), "norm3", 0.8, 0.2)
-    x = norm(torch.tanh(conv(x, "to_image")), "image_norm", BATCH_NORM_EPS, 1.0)
-    return x, statistics
-
-
-def divided_by_largest_singular_value(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights to generate with, vectors afterwards) of a generator's layers under spectral normalisation.
-
-    Miyato et al. 2018, algorithm 1: a step of the power iteration before the layer is used, through which no gradient
-    passes; sigma = u W v does have one.
-    """
-    used, vectors = dict(state), {}
-    for key in [key for key in state if key.endswith(".original")]:
-        at = key.removesuffix(".original")
-        matrix = state[key].flatten(1)
-        with torch.no_grad():
-            u = matrix @ state[f"{at}.0._v"]
-            u = u / u.norm()
-            v = matrix.T @ u
-            v = v / v.norm()
-        vectors.update({f"{at}.0._u": u, f"{at}.0._v": v})
-        used[at.replace(".parametrizations", "")] = state[key] / (u @ matrix @ v)
-    return used, vectors
-
-
-def low_passed(images: Tensor, deviation: float, dim: int) -> Tensor:
-    """A Gaussian of that deviation in pixels along `dim`, cut off beyond three of them, the last pixels repeated."""
-    radius, size = math.ceil(3 * deviation), images.shape[dim]
-    weights = [math.exp(-0.5 * (offset / deviation) ** 2) for offset in range(-radius, radius + 1)]
-    sums = []
-    for place in range(size):
-        pixels = [images.select(dim, min(max(place + k - radius, 0), size - 1)) for k in range(len(weights))]
-        sums.append(sum(weight * pixel for weight, pixel in zip(weights, pixels, strict=True)) / sum(weights))
-    return torch.stack(sums, dim)
-
-
-def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) for name, value in parameters.items()}
-
-
-class Adam:
-    """Kingma and Ba 2015, algorithm 1; weights decay beside it (Loshchilov and Hutter 2019, algorithm 2)."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], betas: tuple[float, float], weight_decay: float = 0.0) -> None:
-        self.betas, self.weight_decay, self.steps = betas, weight_decay, 0
-        self.first, self.second = _zeros(parameters), _zeros(parameters)
-
-    def step(self, parameters: dict[str, Tensor], gradients: Mapping[str, Tensor], lr: float) -> None:
-        self.steps += 1
-        b1, b2 = self.betas
-        for name, g in gradients.items():
-            self.first[name] = b1 * self.first[name] + (1 - b1) * g
-            self.second[name] = b2 * self.second[name] + (1 - b2) * g * g
-            m = self.first[name] / (1 - b1**self.steps)
-            v = self.second[name] / (1 - b2**self.steps)
-            decayed = parameters[name] * (1 - lr * self.weight_decay)
-            parameters[name] = decayed - lr * m / (torch.sqrt(v) + ADAM_EPS)
-
-
-class SGD:
-    """v <- momentum v + g; the weight moves against v, or with Nesterov's look ahead against g + momentum v."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], momentum: float, nesterov: bool, weight_decay: float) -> None:
-        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
-        self.velocity = _zeros(parameters)
-
-    def step(self, parameters: dict[str, Tensor], gradients: Mapping[str, Tensor], lr: float) -> None:
-        for name, g in gradients.items():
-            g = g + self.weight_decay * parameters[name]
-            self.velocity[name] = self.momentum * self.velocity[name] + g
-            direction = g + self.momentum * self.velocity[name] if self.nesterov else self.velocity[name]
-            parameters[name] = parameters[name] - lr * direction
-
-
 class Kept(NamedTuple):
     """A batch as the student learns it."""
 
+    number: int
+    """How many were kept before it; -1 where it is not kept."""
     shown: Tensor
     target: Tensor
     features: list[Tensor]
@@ -507,12 +177,17 @@ class Step(NamedTuple):
     gradients: dict[str, Tensor]
     """At the images, and at the logits for either loss."""
     generator_gradients: dict[str, Tensor]
+    """Empty where only the student trains."""
     student_gradients: dict[str, Tensor]
     """Empty while only the generator trains."""
     generator: dict[str, Tensor]
-    """Parameters and running statistics."""
+    """Parameters, running statistics and vectors of spectral normalisation."""
+    averaged: dict[str, Tensor] | None
+    """The same of the averaged generator, where there is one."""
     student: dict[str, Tensor]
     """Parameters, running statistics and weights' own steps; a learned scale of a range is "range 0.scale" etc."""
+    replayed: int | None
+    """Of a replay of a kept batch: how many were kept before that one."""
     ranges: list[tuple[Tensor, Tensor, int, Tensor, Tensor]]
     """Of every activation in the order of the forward: (lo, hi, batches seen, scale, zero point)."""
     edges: Edges
@@ -612,7 +287,7 @@ class OracleTraining:
 
     def step(self, batch: Batch, looked_at: list[Batch]) -> Step:
         """One step on this batch; `looked_at` are those of :meth:`looks` before it."""
-        settings, (now, edges) = self.settings, self._begin(looked_at)
+        settings, (now, edges) = self.settings, self._begin(looked_at, False)
         generator = {k: v.requires_grad_() for k, v in _parameters(self.generator).items()}
         student = self._learned_by_student()
 
@@ -669,13 +344,15 @@ class OracleTraining:
             self.adam.step(self.generator, generator_gradients, now.lr_generator)
             if now.trains_student:
                 self._update_student(student_gradients, now)
-                self.bank[self.stored % settings["bank_batches"] if settings["bank_batches"] else 0] = Kept(
-                    shown, target, [feature.detach() for feature in watching.features]
-                )
+            if now.trains_student and settings["replays"] and settings["bank_batches"]:
+                features = [feature.detach() for feature in watching.features]
+                place = self.stored % settings["bank_batches"]
+                self.bank[place] = Kept(self.stored, shown.detach(), target, features)
                 self.stored += 1
             if self.averaged is not None:
+                d = settings["generator_ema"]
                 for key in generator:
-                    self.averaged[key] = torch.lerp(self.generator[key], self.averaged[key], settings["generator_ema"])
+                    self.averaged[key] = d * self.averaged[key] + (1 - d) * self.generator[key]
             self.generator.update(statistics)
         values = {
             "images": images,
@@ -693,32 +370,29 @@ class OracleTraining:
             "loss_features": loss_features,
             "loss_student": loss_student,
         }
-        return self._step(now, values, gradients, generator_gradients, student_gradients, edges)
+        return self._as_step(now, values, gradients, generator_gradients, student_gradients, edges)
 
-    def is_replay(self) -> bool:
-        """Whether the next step is of the student alone."""
-        trained = self.steps - self.settings["warmup_epochs"] * self.settings["steps_per_epoch"]
-        return trained >= 0 and trained % (self.settings["replays"] + 1) > 0
-
-    def _begin(self, looked_at: list[Batch]) -> tuple[Phase, Edges]:
-        settings, now, edges = self.settings, phase(self.settings, self.steps), Edges()
-        assert len(looked_at) == self.looks()
-        if settings["generator_ema"] and self.steps == settings["warmup_epochs"] * settings["steps_per_epoch"]:
+    def _begin(self, looked_at: list[Batch], is_replay: bool) -> tuple[Phase, Edges]:
+        """Count the step, and do what comes before the first ones of the student's training."""
+        now, edges = phase(self.settings, self.steps), Edges()
+        assert now.is_replay == is_replay and len(looked_at) == self.looks()
+        if now.starts_student and self.settings["generator_ema"]:
             self.averaged = dict(self.generator)
         if looked_at:
             self.begin_student(looked_at, edges)
         self.steps += 1
         return now, edges
 
-    def replay(self, place: int | None, batch: Batch | None, looked_at: list[Batch]) -> Step:
-        """One step of the student alone, on the kept batch of that place, or on new images."""
-        now, edges = self._begin(looked_at)
+    def replay(self, source: int | Batch, looked_at: list[Batch]) -> Step:
+        """One step of the student alone.
+
+        Args:
+            source: place of the kept batch that it learns, or what new images are generated from.
+            looked_at: as of :meth:`step`.
+        """
+        now, edges = self._begin(looked_at, True)
         student = self._learned_by_student()
-        if batch is None:
-            assert place is not None
-            kept = self.bank[place]
-        else:
-            kept = self._new(batch, edges)
+        kept = self.bank[source] if isinstance(source, int) else self._new(source, edges)
         quantised = Student({**self.student, **student}, edges, self.bits, self.ranges, now.moves_ranges)
         q = self.network(quantised, kept.shown)
         loss_logits, loss_features = self._student_losses(kept.target, kept.features, q, quantised.features)
@@ -734,7 +408,8 @@ class OracleTraining:
             "loss_student": loss_student,
         }
         gradients = {"loss_student at student_logits": at_logits}
-        return self._step(now, values, gradients, {}, student_gradients, edges)
+        replayed = kept.number if isinstance(source, int) else None
+        return self._as_step(now, values, gradients, {}, student_gradients, edges, replayed)
 
     @torch.no_grad()
     def _new(self, batch: Batch, edges: Edges) -> Kept:
@@ -743,9 +418,10 @@ class OracleTraining:
         state.update(statistics)
         shown = self.shown(images, batch)
         watching = Teacher(self.teacher, edges)
-        return Kept(shown, self._target(self.network(watching, shown), shown, edges), watching.features)
+        return Kept(-1, shown, self._target(self.network(watching, shown), shown, edges), watching.features)
 
     def _learned_by_student(self) -> dict[str, Tensor]:
+        """Copies of the student's parameters and learned step sizes, which require gradients."""
         student = _parameters(self.student)
         if self.adam_steps is not None:
             student.update({key: value.clone() for key, value in _step_sizes(self.student).items()})
@@ -779,7 +455,7 @@ class OracleTraining:
             self.adam_steps.step(logarithms, {k: g * self.student[k] for k, g in of_steps.items()}, now.lr_steps)
             self.student.update({k: value.exp() for k, value in logarithms.items()})
 
-    def _step(
+    def _as_step(
         self,
         now: Phase,
         values: Mapping[str, Tensor],
@@ -787,6 +463,7 @@ class OracleTraining:
         generator_gradients: dict[str, Tensor],
         student_gradients: dict[str, Tensor],
         edges: Edges,
+        replayed: int | None = None,
     ) -> Step:
         return Step(
             now,
@@ -795,13 +472,15 @@ class OracleTraining:
             generator_gradients,
             student_gradients,
             dict(self.generator),
+            None if self.averaged is None else dict(self.averaged),
             dict(self.student),
+            replayed,
             [(r.lo, r.hi, r.batches, r.scale, r.zero_point) for r in self.ranges],
             edges,
         )
 
     def adopt_step_sizes(self, step_sizes: Mapping[str, Tensor]) -> None:
-        """Go on from the other side's learned step sizes: of its float32, the next step's every digit depends."""
+        """Go on from the package's learned step sizes, which it keeps in float32: the rounding would grow by step."""
         self.student.update({name: value.double() for name, value in step_sizes.items()})
 
 

@@ -1037,9 +1037,19 @@ def test_loops_around_others_count_by_their_turns() -> None:
 
 
 def test_what_a_loop_keeps_on_the_stack_is_found() -> None:
-    before, inside, after = (0x04, "STL [R1], R6"), (0xA4, "@P0 LDL.LU R26, [R1]"), (0xC4, "LDL.LU R26, [R1]")
-    assert sass.stacked(sorted([*LISTING, before, after])) == []
-    assert sass.stacked(sorted([*LISTING, before, inside, after])) == [inside[1]]
+    store, load = "STL [R1], R6", "@P0 LDL.LU R26, [R1]"
+
+    def found(*others: tuple[int, str]) -> list[str]:
+        return sass.stack_accesses_in_loops(sorted([*LISTING, *others]))
+
+    assert found((0x04, store), (0xC4, load)) == []
+    assert found((0x04, store), (0xA4, load)) == [load]
+    # Moved behind the end, and back into the loop; called by it.
+    assert found((0x84, "@P3 BRA 0x100"), (0x100, store), (0x110, "BRA 0x90")) == [store]
+    assert found((0x84, "CALL.REL.NOINC 0x100"), (0x100, store), (0x110, "RET.REL.NODEC R2 0x0")) == [store]
+    # Out of it, by what looks like a call.
+    assert found((0xA4, "@!P0 CALL.REL.NOINC 0xd0"), (0xD4, load)) == []
+    assert found((0x34, "CALL.REL.NOINC 0x100"), (0x100, store), (0x110, "RET.REL.NODEC R2 0x0")) == []
 
 
 @pytest.mark.parametrize("case", predict.chosen(), ids=lambda case: case.name)
@@ -1214,6 +1224,24 @@ def test_gpu_sh_dry_run() -> None:
         assert text in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("campaign", "stages"),
+    [
+        ("ops", ["build", "tests", "suite", "sanitizer", "ceilings", "bench", "judged", "against"]),
+        (
+            "training",
+            ["build", "equality", "step", "profile", "accuracy", "schedule", "efficientnet", "endurance"],
+        ),
+    ],
+)
+def test_gpu_sh_dry_run_of_a_campaign(campaign: str, stages: list[str]) -> None:
+    done = gpu_sh(campaign, "--dry-run", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("stage ")]
+    assert [words[1].strip(":") for words in lines] == stages
+    assert all(int(words[-2]) < 600 for words in lines)  # each in a command of less than ten minutes
+
+
 @pytest.mark.parametrize("authors", ["", "checkout"])
 def test_gpu_sh_has_a_stage_for_steps_of_all_sizes(tmp_path: Path, authors: str) -> None:
     """Which is not among the others, for its time."""
@@ -1222,7 +1250,7 @@ def test_gpu_sh_has_a_stage_for_steps_of_all_sizes(tmp_path: Path, authors: str)
     assert done.returncode == 0, done.stderr
     (stage,) = (line for line in done.stdout.splitlines() if line.startswith("stage "))
     assert int(stage.split()[-2]) < 600
-    assert "-m benchmarks step --device cuda --suite full" in done.stdout
+    assert "-m benchmarks step --device cuda --suite gpu" in done.stdout
     assert (f"--authors {tmp_path / authors}" in done.stdout) == bool(authors)
 
 
@@ -1238,9 +1266,9 @@ def test_gpu_sh_has_a_stage_for_accuracy(tmp_path: Path, authors: str) -> None:
     names = ["plus", "paper", "authors"] if authors else ["plus", "paper"]
     for name, command in zip(names, commands, strict=True):
         study = "paper" if name == "authors" else name
-        assert f"-m benchmarks accuracy resnet20 --study {study} --weights {tmp_path}/teacher.safetensors" in command
-        assert f"--data {tmp_path}/images.zip --device cuda" in command
-        assert f"--json {tmp_path / 'here'}/accuracy-{name}-h200.json" in command
+        assert f"-m benchmarks accuracy resnet20 --study {study} --device cuda" in command
+        assert f"--weights {tmp_path}/teacher.safetensors --data {tmp_path}/images.zip" in command
+        assert f"--json {tmp_path / 'here'}/accuracy-{name}-cuda.json" in command
         assert (f"--authors {tmp_path / 'checkout'}" in command) == (name == "authors")
     assert not (tmp_path / "here").exists()
 
@@ -1327,6 +1355,20 @@ def test_gpu_sh_trains_where_it_is_told_of_a_teacher_and_images(machinery: Path,
     assert "stage accuracy" not in gpu_sh("--fresh", str(machinery / "results"), **standing_in, **files).stdout
 
 
+def test_gpu_sh_begins_what_fits_and_goes_on(machinery: Path, standing_in: dict[str, str]) -> None:
+    files = {"WEIGHTS": "", "DATA": "", "IMAGES": "", "AUTHORS": ""}
+    begun, notes = [], []
+    for seconds in ("300", "300", "570"):
+        done = gpu_sh("training", "--seconds", seconds, str(machinery / "results"), **standing_in, **files)
+        assert done.returncode == 0, done.stderr
+        begun.append([line.split()[1] for line in done.stdout.splitlines() if "at most" in line])
+        notes.append("note: stage step and what follows do not fit into 300 s" in done.stdout)
+    assert begun == [["build:", "equality:"], [], ["step:", "profile:", "endurance:"]]
+    assert notes == [True, True, False]
+    for stage in ("accuracy", "schedule", "efficientnet"):
+        assert f"note: stage {stage} was left out: it needs" in done.stdout
+
+
 @pytest.mark.parametrize("status", [3, 77, 78])
 @pytest.mark.parametrize("pattern", ["pip install", "pytest -q -m gpu tests", "--tool initcheck", "benchmarks step"])
 def test_gpu_sh_fails_whatever_the_status(
@@ -1403,7 +1445,10 @@ def test_gpu_sh_takes_its_stage_along(machinery: Path, standing_in: dict[str, st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--only", "compile"), "one of build tests sanitizer bench step accuracy, got 'compile'"),
+        (("--only", "compile"), "must be followed by a stage, see the head of this file, got 'compile'"),
+        (("--seconds", "soon"), "--seconds must be followed by a whole number, got 'soon'"),
+        (("ops", "--toy", "here"), "--toy is for the set training"),
+        (("training", "--toy"), "--toy needs RESULTS"),
         (("--only", "build", "--from", "tests"), "exclude each other"),
         (("--quick",), "unknown option --quick"),
         (("a", "b"), "one results directory is enough"),

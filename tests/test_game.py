@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import oracle
-import oracle_step
+import oracle_generator
+import oracle_players
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,7 +164,7 @@ def test_generators_are_the_papers(kind: str, make: type[nn.Module]) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     noise, labels = torch.randn(6, 12, dtype=torch.float64), torch.tensor([0, 3, 3, 9, 1, 7])
     state = {key: value.clone() for key, value in generator.state_dict().items()}
-    expected, statistics = oracle_step.generate(kind, state, noise, labels, oracle_step.Edges())
+    expected, statistics = oracle_generator.generate(kind, state, noise, labels, oracle_players.Edges())
     assert state["conv2.weight"].shape == (128, 128, 3, 3) and state["conv3.weight"].shape == (64, 128, 3, 3)
     torch.testing.assert_close(generator(noise, labels), expected, rtol=1e-9, atol=1e-9)
     found = generator.state_dict()

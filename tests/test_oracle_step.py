@@ -7,12 +7,12 @@ which every epoch the recipe names still begins a phase, two steps long.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+import oracle_players
 import oracle_step
 import pytest
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as torch_F
 
 import adadfq
 from adadfq import Recipe, Trainer
-from adadfq.game import METRICS, REPLAY_METRICS
+from adadfq.game import METRICS
 from adadfq.generator import build_generator
 from adadfq.models.resnet_cifar import resnet20
 from adadfq.nn import activations
@@ -47,12 +47,8 @@ FLOAT32_TOLERANCE = 1e-6
 NEAREST_EDGE = 1e-10
 
 
-#: What a replay has no value of.
-OF_BOTH = set(METRICS) - set(REPLAY_METRICS)
-
-
 class Residual(nn.Module):
-    """The module of :func:`oracle_step.residual_net`."""
+    """The module of :func:`oracle_players.residual_net`."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -73,7 +69,7 @@ class Residual(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The module of :func:`oracle_step.bottleneck_net`."""
+    """The module of :func:`oracle_players.bottleneck_net`."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -101,10 +97,10 @@ def _resnet20(channels: int, classes: int) -> nn.Module:
 
 
 #: (module, the same network of the oracle, number of activations)
-NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], oracle_step.Network, int]] = {
-    "residual": (Residual, oracle_step.residual_net, 4),
-    "bottleneck": (Bottleneck, oracle_step.bottleneck_net, 4),
-    "resnet20": (_resnet20, oracle_step.resnet20, 19),
+NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], oracle_players.Network, int]] = {
+    "residual": (Residual, oracle_players.residual_net, 4),
+    "bottleneck": (Bottleneck, oracle_players.bottleneck_net, 4),
+    "resnet20": (_resnet20, oracle_players.resnet20, 19),
 }
 
 
@@ -169,13 +165,18 @@ def _condensed(name: str, weight_bits: int, **overrides: Any) -> tuple[dict[str,
     changes = {
         **{length: begins.index(settings[length]) for length in lengths},
         "lr_milestones": [begins.index(milestone) for milestone in settings["lr_milestones"]],
-        "steps_per_epoch": STEPS_PER_EPOCH,
+        "steps_per_epoch": _steps_per_epoch(settings["replays"]),
         "batch_size": BATCH,
         "image_size": 8,
         **overrides,
     }
     # A recipe in bfloat16 differs in its arithmetic only, which here is float64.
     return {**settings, **changes}, Recipe.named(name, precision="float32", **changes)
+
+
+def _steps_per_epoch(replays: int) -> int:
+    """So that every epoch of the student's training has a step of both players, as recipes demand."""
+    return STEPS_PER_EPOCH + replays
 
 
 class _Recorded:
@@ -293,7 +294,6 @@ class _Watch:
 
         (inputs,) = self.seen.inputs
         self.seen.inputs = []
-        assert not self.training.is_replay()
         want = self.training.step(inputs, looked_at)
         teacher = want.values["teacher_logits"].argmax(1)
         self._compare(want, metrics, teacher_accuracy=(teacher == inputs.labels).double().mean().item())
@@ -306,14 +306,12 @@ class _Watch:
         metrics = self._replay(random)
         self.seen.values.setdefault("loss_features", torch.zeros((), dtype=torch.float64))
         inputs, self.seen.inputs = self.seen.inputs, []
-        assert training.is_replay()
         if trainer.recipe.bank_batches:
             assert not inputs  # nothing was generated
-            want = training.replay(int(drawn * min(training.stored, trainer.recipe.bank_batches)), None, looked_at)
+            want = training.replay(int(drawn * min(training.stored, trainer.recipe.bank_batches)), looked_at)
         else:
             (batch,) = inputs
-            want = training.replay(None, batch, looked_at)
-        assert {name for name, value in zip(METRICS, metrics.tolist(), strict=True) if value != value} == OF_BOTH
+            want = training.replay(batch, looked_at)
         self._compare(want, metrics)
         return metrics
 
@@ -339,9 +337,9 @@ class _Watch:
             if gradients or model is trainer.student:  # a replay leaves the generator's
                 _compare_all(f"{step}, {name}'s gradient of", got, gradients, floor=floor)
             _compare_all(f"{step}, {name}'s new", _network_state(model), state, tolerance)
-        if trainer.game.averaged is not None and self.training.averaged is not None:
-            state = trainer.game.averaged.state_dict()
-            _compare_all(f"{step}, averaged generator's", state, self.training.averaged, ADAM_TOLERANCE)
+        if trainer.recipe.generator_ema and want.phase.trains_student:
+            assert trainer.game.averaged is not None and want.averaged is not None
+            _compare_all(f"{step}, average's", trainer.game.averaged.state_dict(), want.averaged, ADAM_TOLERANCE)
         self._compare_ranges(step, want)
         self._compare_metrics(step, metrics, want, also)
         sizes = {name: value for name, value in _network_state(trainer.student).items() if name.endswith("scale")}
@@ -370,6 +368,8 @@ class _Watch:
             **also,
         }
         got = dict(zip(METRICS, metrics.tolist(), strict=True))
+        assert want.phase.is_replay or set(expected) == set(METRICS), step
+        assert {name for name, value in got.items() if value != value} == set(METRICS) - set(expected), step
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-6), step
 
 
@@ -433,9 +433,7 @@ def test_recipes_settle_as_their_files_say(name: str, bits: int) -> None:
     settings = oracle_step.settled(_as_json(name), bits)
     recipe = Recipe.named(name).for_weight_bits(bits).to_dict()
     assert {key: recipe[key] for key in settings} == settings
-    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    others = set(recipe) - set(settings) - oracle_step.NO_PART
-    assert {key: recipe[key] for key in others} == {key: defaults[key] for key in others}
+    assert set(recipe) == set(settings) | oracle_step.NO_PART  # every field of a recipe has its oracle
 
 
 def test_fields_without_an_oracle_are_named() -> None:
@@ -449,7 +447,7 @@ def test_fields_without_an_oracle_are_named() -> None:
 
 
 def _assert_both_bounds_are_felt(steps: list[Step], settings: dict[str, Any]) -> None:
-    h_prime = torch.cat([step.values["h_prime"] for step in steps])
+    h_prime = torch.cat([step.values["h_prime"] for step in steps if not step.phase.is_replay])
     assert ((h_prime > 0) & (h_prime < settings["lambda_l"])).any() and (h_prime > settings["lambda_u"]).any()
 
 
@@ -462,7 +460,7 @@ def test_every_step_of_a_recipe_equals_the_oracle(
     network = "bottleneck" if "mobilenet" in name else "residual"
     steps = play(network, recipe, settings, bits, fuse=fuse, seed=SEEDS.get(name, 3))
     phases = [step.phase for step in steps]
-    assert len(phases) == settings["epochs"] * STEPS_PER_EPOCH
+    assert len(phases) == settings["epochs"] * settings["steps_per_epoch"]
     assert sum(phase.moves_ranges for phase in phases) >= 2
     assert any(not phase.trains_student for phase in phases)
     assert sum(phase.trains_student and not phase.moves_ranges for phase in phases) >= 3
@@ -530,7 +528,7 @@ LEARNED = {
     "lr_schedule": "cosine",
 }
 AVERAGED = {"replays": 1, "bank_batches": 0, "generator_ema": 0.8}
-#: Each option that is not the paper's without those that shipped recipes have it with.
+#: Options that are not the paper's, each in as few others' company as it can be.
 BEYOND = {
     "kept ranges": (
         "bottleneck",
@@ -542,7 +540,7 @@ BEYOND = {
     "soft labels": ("residual", {"soft_labels": 0.15}),
     "bank": (
         "residual",
-        {"replays": 2, "bank_batches": 3, "feature_weight": 5.0, "mirror_teacher": True, "crop": 1},
+        {"replays": 2, "bank_batches": 2, "feature_weight": 5.0, "mirror_teacher": True, "crop": 1},
     ),
     "bank, learned steps": ("bottleneck", {**LEARNED, "replays": 1, "bank_batches": 2}),
     "new images": ("residual", {"replays": 1, "bank_batches": 0, "flip": True, "mirror_teacher": True}),
@@ -560,12 +558,16 @@ BEYOND = {
 def test_every_step_beyond_the_paper_equals_the_oracle(play: Callable[..., list[Step]], which: str, fuse: bool) -> None:
     network, options = BEYOND[which]
     changes = {**OTHER, **options}
-    changes["steps_per_epoch"] = STEPS_PER_EPOCH + changes.get("replays", 0)
+    changes["steps_per_epoch"] = _steps_per_epoch(changes.get("replays", 0))
     steps = play(network, Recipe(**changes), {**oracle_step.PAPER, **changes}, 4, fuse=fuse)
     assert len(steps) == OTHER["epochs"] * changes["steps_per_epoch"]
     if which == "soft labels":
         soft = torch.cat([step.values["soft"] for step in steps])
         assert 0.1 < soft.double().mean() < 0.9  # labels of both kinds
+    if which.startswith("bank"):
+        replayed = [step.replayed for step in steps if step.replayed is not None]
+        # Of kept batches the first ones make room, and those that came in their places are drawn.
+        assert max(replayed) >= changes["bank_batches"] and len(set(replayed)) > 2
 
 
 @pytest.mark.parametrize("fuse", [False, True])
