@@ -49,9 +49,9 @@ def _fields(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def group_label(summary: Summary) -> str:
-    """Who trained, by which recipe and with what changed in it."""
+    """Who trained, by which recipe and with what changed in it, but for what the teacher's input is."""
     row = summary.rows[0]
-    settings = " ".join(f"{name}={value}" for name, value in row["settings"].items())
+    settings = " ".join(f"{name}={value}" for name, value in row["settings"].items() if name not in ("mean", "std"))
     who = "authors' code" if row["player"] == AUTHORS else row["player"]
     return f"{who}, {row['recipe']}" + (f" {settings}" if settings else "")
 

@@ -28,10 +28,13 @@ also where the recipe then takes others; "-" where they still moved after warm-u
 trainer (`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their
 recipe after as many steps of as many images. "Held-out agreement" is the share of generated images, which no training
 saw, on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
-(`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Options are chosen
-by them, not by top-1. Differences are ± their standard error over the seeds of both. Times are without scoring; on a
-CPU they are the processor's own, since the wall's hold whatever else ran.
+(`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing is chosen
+by top-1; one seed decides nothing. Differences are ± their standard error over the seeds of both. Times are without
+scoring; on a CPU they are CPU time, which whatever else ran has no part in. A command trains what its file does
+not hold yet: where it names more seeds or settings than a table shows, those have not been run.
 """
+#: Fewer say nothing of a signal.
+LEAST_RUNS = 3
 _PLOTS = {
     "time": "Accuracy against time",
     "h-prime": "H' through training",
@@ -227,10 +230,12 @@ def _ablation_line(group: Summary, base: Summary | None) -> list[str]:
         partial(statistics.held_out_difference, signal=name) for name in ("held_out_agreement", "held_out_loss")
     )
     mean_loss = group.average(lambda row: statistics.last(row, "held_out_loss"))
+    nearest = group.round_to_nearest
+    collapsed = group.mean is not None and nearest is not None and group.mean < nearest
     return [
         f"`{group.label}`",
         str(len(group.accuracies) + group.diverged),
-        accuracy_text(group, "±"),
+        accuracy_text(group, "±") + (f", below round to nearest ({nearest:.2f})" if collapsed else ""),
         against(statistics.difference, 2),
         percent(group.average(lambda row: statistics.last(row, "held_out_agreement"))),
         against(agreement, 2),
@@ -246,8 +251,10 @@ def _predictions(rows: Sequence[Row]) -> list[str]:
     lines = []
     for name, found in statistics.comparable(rows):
         mixed = len({groups.bits(row) for row in found}) > 1
+        if (recipes := len({row["recipe"] for row in found})) > 1:
+            name += f", {recipes} recipes"
         for signal in statistics.SIGNALS:
-            if (held := statistics.prediction(found, signal)) is not None:
+            if (held := statistics.prediction(found, signal)) is not None and held.count >= LEAST_RUNS:
                 lost = "-" if mixed else f"{held.lost:.2f}"
                 correlations = (_signed(value) for value in (held.spearman, held.pearson))
                 lines.append([name, signal.replace("_", " "), str(held.count), *correlations, lost])

@@ -57,7 +57,8 @@ STUDIES: dict[str, Study] = {
         {"epochs": 8, "steps_per_epoch": 200},
     ),
     "parts": Study(
-        "What is each part of adadfq_plus worth within it? Each is left out alone; and the mirrored teacher, put in.",
+        "What is each part of adadfq_plus worth within it? Each is left out alone, but for the optimizer and its "
+        "schedule; replays and the mirrored teacher are put in.",
         (3,),
         "adadfq_plus",
         {"epochs": 8, "steps_per_epoch": 200},
