@@ -191,7 +191,10 @@ def ops(
 
 
 def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> set[str]:
-    """Find out now whether the file can be written; the cases that it holds, and `content` then too, with `resume`."""
+    """Find out now whether the file can be written; the cases that it holds, and `content` then too, with `resume`.
+
+    A file that cannot be gone on with is kept under another name.
+    """
     from benchmarks import store
 
     if json_path is None:
@@ -199,9 +202,21 @@ def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> set
             raise click.UsageError("--resume goes on with a file: name it with --json")
         return set()
     if resume:
-        content["rows"] = store.rows_to_go_on_from(json_path, content)
+        content["rows"], reason = store.rows_to_go_on_from(json_path, content)
+        if reason is not None:
+            kept = json_path.with_name(f"{json_path.name}.old")
+            json_path.replace(kept)
+            click.echo(f"begun anew: {reason}; what was there is in {kept.name}", err=True)
     store.write(json_path, content)
     return {row["case"] for row in content["rows"]}
+
+
+def _check_writable(json_path: Path | None, content: dict[str, Any]) -> None:
+    """Find out now whether the file can be written; what is there stays until there is something new."""
+    from benchmarks import store
+
+    if json_path is not None and not json_path.exists():
+        store.write(json_path, content)
 
 
 def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
@@ -429,7 +444,7 @@ def ceilings(
     device = pick_device(device_name, threads)
     environment = describe(device)
     content = store.document("ceilings", environment, {"rounds": rounds, "seconds": seconds, "small": small})
-    _begin(json_path, content, False)
+    _check_writable(json_path, content)
     sizes = {"copied": ceilings.COPIED[:2], "sides": (256,)} if small else {}
     content["rows"] = ceilings.run_ceilings(device, environment, rounds, seconds, **sizes)
     click.echo(f"{machine(environment)}\n{ceilings_text(content['rows'])}")
@@ -472,7 +487,7 @@ def equality(device_name: str, threads: int, steps: int, json_path: Path | None,
     device = pick_device(device_name, threads)
     environment = describe(device)
     content = store.document("equality", environment, {"steps": steps, "case": chosen.case()})
-    _begin(json_path, content, False)
+    _check_writable(json_path, content)
     content["rows"] = run_equality(chosen, steps, device, environment)
     click.echo(f"{machine(environment)}\n{equality_text(content['rows'])}")
     if json_path is not None:
@@ -513,7 +528,7 @@ def endurance(
     environment = describe(device)
     options = {"case": chosen.case(), "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     content = store.document("endurance", environment, options)
-    _begin(json_path, content, False)
+    _check_writable(json_path, content)
     content["rows"] = [run_endurance(chosen, epochs, steps_per_epoch, device, environment)]
     click.echo(f"{machine(environment)}\n{endurance_text(content['rows'])}")
     if json_path is not None:
@@ -524,7 +539,7 @@ def endurance(
 def _exit_if_not_ok(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["status"] != "ok":
-            click.echo(f"wrong: {row['case']}: {row['error']}", err=True)
+            click.echo(f"wrong: {row.get('pair', row['case'])}: {row['error']}", err=True)
     if any(row["status"] != "ok" for row in rows):
         sys.exit(EXIT_WRONG)
 

@@ -25,6 +25,7 @@ from benchmarks import held_out_images
 from benchmarks.accuracy_grid import Grid, Run, public_name
 from benchmarks.authors_training import AuthorsTraining
 from benchmarks.authors_training import check as check_authors
+from benchmarks.decoded_images import DecodedImages
 
 Row = dict[str, Any]
 
@@ -65,9 +66,10 @@ class _Teacher:
     """The float network for one shape of images, its accuracy, and what its students are scored on."""
 
     def __init__(self, model: str, weights: Path | None, data: Path, recipe: adadfq.Recipe, device: torch.device):
-        self.images = scoring.open_images(
+        images = scoring.open_images(
             data, recipe.image_size, recipe.num_classes, recipe.mean, recipe.std, recipe.image_channels
         )
+        self.images = DecodedImages(images, recipe.image_channels, device)
         self.network = load_teacher(model, weights, recipe.num_classes)
         self.accuracy = scoring.accuracy(self.network, self.images, device=device).top1
 
@@ -154,7 +156,7 @@ def check_grid(grid: Grid, authors: Path | None) -> list[Run]:
 class _Scorer:
     """Scores the student after the last epoch of warm-up and every later one; its time is none of training's."""
 
-    def __init__(self, images: scoring.ScoringSet, held_out: adadfq.HeldOut, warmup_epochs: int) -> None:
+    def __init__(self, images: DecodedImages, held_out: adadfq.HeldOut, warmup_epochs: int) -> None:
         self.images, self.held_out, self.warmup_epochs = images, held_out, warmup_epochs
         self.accuracies: list[float] = []
         self.signals: list[dict[str, float]] = []

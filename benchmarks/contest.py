@@ -126,7 +126,7 @@ class Start:
         self._random = torch.Generator(device).manual_seed(setting.seed)
 
     def move(self, device: torch.device) -> None:
-        """Go on from `device`: the same weights there."""
+        """Go on from `device`: the same weights there; what is drawn begins anew."""
         self.device = device
         for network in (self._teacher, self._generator, self._student):
             network.to(device)

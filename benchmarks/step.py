@@ -148,11 +148,13 @@ def _enter(entry: Entry, start: Start, authors: Path | None, noise: Tensor, labe
             entry.step = _copied(entry.player.checked(noise, labels))
             for _ in range(WARM_UP.get(device.type, 1)):
                 entry.player()
-        except (Unavailable, torch._dynamo.exc.TorchDynamoException) as error:
+        except (Unavailable, torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
             lines = str(error).strip().splitlines() or [""]
             reason = lines[0] if isinstance(error, Unavailable) else f"{type(error).__name__}: {lines[0]}"
             entry.row |= {"status": "unavailable", "error": reason}
             entry.player = entry.step = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             return
         entry.row["backend"] = None if kind.backend is None else _served(device)
     entry.graph_bytes = memory.graph_bytes(device) - before
@@ -201,6 +203,11 @@ def write_trace(path: Path, setting: Setting, device: torch.device) -> None:
         with files.atomic_write(path) as temporary, ranges(player.parts, player.quantizers):
             player.eagerly()
             profiled(player.eagerly, device).export_chrome_trace(str(temporary))
+        if device.type == "cuda":  # the timeline that counts: of a graph, in which no range is
+            for _ in range(WARM_UP["cuda"]):
+                player()
+            with files.atomic_write(path.with_name(f"{path.stem}-replayed{path.suffix}")) as temporary:
+                profiled(player, device).export_chrome_trace(str(temporary))
 
 
 def _row(setting: Setting, kind: Kind, environment: dict[str, Any]) -> dict[str, Any]:

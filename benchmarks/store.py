@@ -187,7 +187,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "error": (str, NoneType),
         "epoch_seconds": (list,),
         "allocated_bytes": (list,),
-        "reserved_bytes": (list,),
+        "used_bytes": (list,),
         "step_ms": (float, NoneType),
         **_ENVIRONMENT,
     },
@@ -284,22 +284,27 @@ def merge(path: Path, content: dict[str, Any], key: Callable[[dict[str, Any]], s
         return merged
 
 
-def rows_to_go_on_from(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_to_go_on_from(path: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
     """The rows of the file at `path` where it was begun as `content` is, on such a machine at the same clean commit.
 
-    Otherwise, and where there is no file, none: what is measured then is all measured alike.
+    Otherwise none, and why: what is measured then is all measured alike. Of cases with a row that is not right none
+    either: they are measured again.
 
     Raises:
         InvalidInputError: there is a file, and it is none of results.
     """
     if not path.exists():
-        return []
-    before = read(path)
-    same = all(before[part] == content[part] for part in ("kind", "options"))
+        return [], None
+    before, here = read(path), content["environment"]
     known = ("device_name", "cpu", "threads", "versions", "git_commit", "git_dirty", "native_matches_sources")
-    here = content["environment"]
-    same = same and all(before["environment"][key] == here[key] for key in known)
-    return before["rows"] if same and here["git_commit"] and not here["git_dirty"] else []
+    different = [part for part in ("kind", "options") if before[part] != content[part]]
+    different += [key for key in known if before["environment"][key] != here[key]]
+    if different:
+        return [], f"it differs in {', '.join(different)}"
+    if not here["git_commit"] or here["git_dirty"]:
+        return [], "files are changed, or nobody knows the commit"
+    wrong = {row["case"] for row in before["rows"] if row["status"] == "wrong"}
+    return [row for row in before["rows"] if row["case"] not in wrong], None
 
 
 @contextmanager

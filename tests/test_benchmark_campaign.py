@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from adadfq.errors import InvalidInputError
-from benchmarks import ceilings, contest, endurance, equality, report, store
+from benchmarks import ceilings, contest, decoded_images, endurance, equality, players, report, step, store
 from benchmarks.__main__ import main
 from benchmarks.contest import Setting, Start
 from benchmarks.environment import describe
@@ -42,19 +42,17 @@ def test_two_ways_are_equal_for_as_many_steps_as_they_must(tmp_path: Path) -> No
     assert done.exit_code == 0, done.output
     (row,) = content["rows"]  # the others are for a GPU
     assert row["pair"] == "fused against layer by layer" and row["equal_steps"] == 2
-    assert row["losses_first"] != row["losses_second"]  # they were computed apart
+    assert len(row["losses_first"]) == len(row["losses_second"]) == 2
 
 
-def test_the_cpus_way_plays_on_given_noise() -> None:
-    """As it does beside a GPU; twice the same."""
-    (pair,) = (pair for pair in equality.PAIRS if pair.on_cpu)
-    losses = []
-    for way in (pair.first, pair.second):
-        start = Start(TINY, CPU)
-        start.move(CPU)
-        played = pair.play[way](start)
-        losses.append([next(played) for _ in range(2)])
-    assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
+def test_the_cpus_way_plays_on_noise_that_every_device_gets() -> None:
+    """Two trainings of one start, moved before and not; the second without fused networks."""
+    (pair,) = (pair for pair in equality.PAIRS if pair.cpu_way)
+    start = Start(TINY, CPU)
+    start.move(CPU)
+    other = equality._given(equality._trainer(Start(TINY, CPU), fuse=False), TINY.seed)
+    first, second = ([next(played) for _ in range(2)] for played in (pair.play[pair.cpu_way](start), other))
+    assert equality.equal_steps(first, second) == 2 and first[0] != first[1]
 
 
 def test_ways_that_part_early_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +78,7 @@ def test_endurance(tmp_path: Path) -> None:
     done, content = run("endurance", *epochs, *SMALL, path=tmp_path / "e.json")
     (row,) = content["rows"]
     assert row["steps"] == 24 and len(row["epoch_seconds"]) == len(row["allocated_bytes"]) == 12
-    assert (done.exit_code == 0) == (row["status"] == "ok")  # on a shared machine an epoch may take any time
+    assert done.exit_code == 0 and row["status"] == "ok" and row["allocated_bytes"][0] > 0
     assert row["step_ms"] > 0 and row["case"] in done.output
 
 
@@ -106,10 +104,17 @@ def test_ops_go_on_with_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store.write(path, {**whole, "rows": kept})
     _, again = run(*command, "--resume", path=path)
     assert again["rows"][: len(kept)] == kept and {row["case"] for row in again["rows"]} == set(cases)
-    # Measured at another commit, or asked for otherwise, it is measured anew.
+    # What was not right is measured again.
+    spoiled = {**kept[0], "status": "wrong", "error": "other", "p50_ms": None}
+    store.write(path, {**whole, "rows": [spoiled, *whole["rows"][1:]]})
+    done, again = run(*command, "--resume", path=path)
+    assert done.exit_code == 0 and {row["status"] for row in again["rows"]} == {"ok"}
+    # Measured at another commit, or asked for otherwise, it is measured anew, and nothing is lost.
     clean["git_commit"] = "c0ffee2"
-    _, anew = run(*command, "--resume", path=path)
+    done, anew = run(*command, "--resume", path=path)
     assert {row["git_commit"] for row in anew["rows"]} == {"c0ffee2"}
+    assert "begun anew: it differs in git_commit" in done.output
+    assert json.loads((tmp_path / "ops.json.old").read_text())["rows"] == again["rows"]
     _, other = run(*command[:-1], "0.001", "--resume", path=path)
     assert other["options"]["seconds"] == 0.001 and len(other["rows"]) == len(whole["rows"])
 
@@ -123,7 +128,8 @@ def test_changed_files_are_measured_anew(tmp_path: Path) -> None:
     environment = {**describe(CPU), "git_commit": "c0ffee", "git_dirty": True}
     content = store.document("ops", environment, {})
     store.write(tmp_path / "o.json", content)
-    assert store.rows_to_go_on_from(tmp_path / "o.json", content) == []
+    rows, reason = store.rows_to_go_on_from(tmp_path / "o.json", content)
+    assert rows == [] and reason == "files are changed, or nobody knows the commit"
     (tmp_path / "o.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(InvalidInputError, match="is not a file of results"):
         store.rows_to_go_on_from(tmp_path / "o.json", content)
@@ -147,8 +153,40 @@ def test_predictions_stand_beside_times() -> None:
 
 
 def test_steps_without_graphs_are_for_gpus() -> None:
-    from benchmarks import players, step
-
-    names = [kind.name for kind in step.chosen(["*"]) if "cpu" in kind.devices]
-    assert players.EAGER not in names and players.OURS in names
+    setting = Setting(batch_size=16)
+    rows = step.run_step(setting, CPU, describe(CPU), 5, 0.0, patterns=["adadfq*"])
+    assert [row["provider"] for row in rows] == [players.OURS, players.OURS_BF16, players.REFERENCE]
     assert {batch for _, batch in contest.SUITES["gpu"]} == {16, 64, 256}
+
+
+@pytest.mark.parametrize("kind", ["ceilings", "equality", "endurance"])
+def test_the_readme_shows_what_a_campaign_leaves(kind: str, tmp_path: Path) -> None:
+    commands = {
+        "ceilings": ["ceilings", "--small", "--seconds", "0", "--rounds", "5"],
+        "equality": ["equality", "--steps", "1", *SMALL],
+        "endurance": ["endurance", "--epochs", "12", "--steps-per-epoch", "1", *SMALL],
+    }
+    _, content = run(*commands[kind], path=tmp_path / f"{kind}.json")
+    assert f"{kind}.json" in report._file_block(tmp_path / f"{kind}.json", content)
+
+
+def test_images_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Images:
+        name, num_classes, image_size, passes = "images", 3, 2, 0
+
+        def __len__(self) -> int:
+            return 5
+
+        def batches(self, batch_size: int) -> Any:
+            self.passes += 1
+            labels = torch.tensor([0, 1, 2, 0, 1])
+            return iter([(torch.ones(4, 3, 2, 2), labels[:4]), (torch.zeros(1, 3, 2, 2), labels[4:])])
+
+    images = Images()
+    decoded = decoded_images.DecodedImages(images, 3, CPU)
+    for _ in range(2):
+        assert [len(labels) for _, labels in decoded.batches(4)] == [4, 1]
+    assert images.passes == 1 and len(decoded) == 5
+    monkeypatch.setattr(decoded_images, "MOST_BYTES", 239)  # one less than theirs
+    decoded = decoded_images.DecodedImages(images, 3, CPU)
+    assert [len([*decoded.batches(4)]) for _ in range(2)] == [2, 2] and images.passes == 3

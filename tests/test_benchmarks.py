@@ -1227,7 +1227,7 @@ def test_gpu_sh_dry_run() -> None:
 @pytest.mark.parametrize(
     ("campaign", "stages"),
     [
-        ("ops", ["build", "tests", "suite", "sanitizer", "ceilings", "bench", "judged", "against"]),
+        ("ops", ["build", "tests", "sanitizer", "ceilings", "bench", "judged", "against", "suite"]),
         (
             "training",
             ["build", "equality", "step", "profile", "accuracy", "schedule", "efficientnet", "endurance"],
@@ -1362,11 +1362,34 @@ def test_gpu_sh_begins_what_fits_and_goes_on(machinery: Path, standing_in: dict[
         done = gpu_sh("training", "--seconds", seconds, str(machinery / "results"), **standing_in, **files)
         assert done.returncode == 0, done.stderr
         begun.append([line.split()[1] for line in done.stdout.splitlines() if "at most" in line])
-        notes.append("note: stage step and what follows do not fit into 300 s" in done.stdout)
-    assert begun == [["build:", "equality:"], [], ["step:", "profile:", "endurance:"]]
+        notes.append("note: stage endurance and what follows do not fit into 300 s" in done.stdout)
+    # A stage that can go on later gets what is left.
+    assert begun == [["build:", "equality:", "step:", "profile:"], [], ["endurance:"]]
     assert notes == [True, True, False]
     for stage in ("accuracy", "schedule", "efficientnet"):
         assert f"note: stage {stage} was left out: it needs" in done.stdout
+
+
+def test_a_campaign_goes_on_after_a_stage_that_fails(machinery: Path, standing_in: dict[str, str]) -> None:
+    results = machinery / "results"
+    fail(machinery, "benchmarks ceilings", 5)
+    done = gpu_sh("ops", str(results), **standing_in)
+    assert done.returncode == 1 and "stage ceilings failed (1)" in done.stderr and "all stages" not in done.stdout
+    assert (results / ".stage-suite").exists() and not (results / ".stage-ceilings").exists()
+    (machinery / "fail").unlink()
+    done = gpu_sh("ops", str(results), **standing_in)
+    assert done.returncode == 0 and done.stdout.count("skipped") == 7 and "all stages are done" in done.stdout
+    fail(machinery, "pip install", 5)
+    done = gpu_sh("ops", "--fresh", str(results), **standing_in)
+    assert done.returncode == 1 and "stage tests" not in done.stdout  # nothing is there to be tested
+
+
+def test_sources_without_git_are_known_by_their_digest(machinery: Path, standing_in: dict[str, str]) -> None:
+    (machinery / "bin" / "git").write_text("#!/bin/sh\nexit 128\n")
+    results = machinery / "results"
+    done = gpu_sh("--only", "build", str(results), **standing_in)
+    assert done.returncode == 0 and "not a clean checkout" not in done.stdout
+    assert (results / ".stage-build").read_text().startswith("sources-")
 
 
 @pytest.mark.parametrize("status", [3, 77, 78])
