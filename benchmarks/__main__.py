@@ -59,7 +59,9 @@ _resume = click.option(
 )
 _dry_run = click.option("--dry-run", is_flag=True, hidden=True, help="Only look whether the other options fit.")
 _selection = _options(
-    click.option("--suite", default="quick", show_default=True, metavar="quick|judged|gpu|full", help="Which cases."),
+    click.option(
+        "--suite", default="quick", show_default=True, metavar="quick|judged|gpu|predicted|full", help="Which cases."
+    ),
     click.option("--ops", default="", callback=_words, metavar="OP,...", help="Only these operators."),
     click.option("--filter", "filters", multiple=True, metavar="TEXT", help="Only names that hold or match it."),
     click.option(
@@ -148,8 +150,9 @@ def ops(
     from benchmarks.ops import run_case
     from benchmarks.report import judged_text, rows_text
 
-    if dry_run:  # on a machine without the device, too
-        click.echo(f"{len(_select(suite, ops, filters, providers, device_name, False))} cases")
+    if dry_run:  # on a machine without the device, too, and so without our backends for it
+        others = tuple(name for name in providers if not name.startswith("adadfq")) or ("*",)
+        click.echo(f"{len(_select(suite, ops, filters, others, device_name, False))} cases")
         return
     device = pick_device(device_name, threads)
     chosen = _select(suite, ops, filters, providers, device.type, kernels_only)
@@ -666,16 +669,20 @@ def compare(first: Path, second: Path, force: bool) -> None:
 
 @main.command()
 @click.argument("predictions", type=_file)
-@click.argument("results", type=_file)
+@click.argument("results", type=_file, nargs=-1, required=True)
 @_dry_run
-def against(predictions: Path, results: Path, dry_run: bool) -> None:
-    """Predicted and measured time of every case of a file of 'ops --device cuda', and how far they are apart."""
+def against(predictions: Path, results: tuple[Path, ...], dry_run: bool) -> None:
+    """Predicted and measured time of every case of files of 'ops --device cuda', and how far they are apart.
+
+    Of a case in several files, the last counts.
+    """
     from benchmarks import store
     from benchmarks.report import against_text
 
     if dry_run:
         return
-    click.echo(against_text(store.read(predictions)["rows"], store.read(results)["rows"]))
+    measured = [row for result in results for row in store.read(result)["rows"]]
+    click.echo(against_text(store.read(predictions)["rows"], measured))
 
 
 @main.command()

@@ -30,7 +30,7 @@ HUGE = {"float32": "resnet18@224.conv1/b128", "bfloat16": "mobilenetv2@224.featu
 _LAUNCHES = ("resnet20@32.conv1/b16", "resnet20@32.layer3.0.conv1/b16")
 #: Whose weights are packed.
 _PACKED = "resnet18@224"
-SUITES = ("quick", "judged", "gpu", "full")
+SUITES = ("quick", "judged", "gpu", "predicted", "full")
 #: Batch x classes of the losses on logits.
 LOGITS = ((16, 10), (16, 100), (16, 1000), (64, 100), (128, 10), (128, 1000), (256, 10), (256, 1000), (1024, 1000))
 LOGIT_LOSSES = ("margin_loss", "entropy_distillation")
@@ -456,11 +456,12 @@ def select(suite: str, ops: Iterable[str] = (), filters: Iterable[str] = ()) -> 
     ops, filters = list(ops), list(filters)
     if unknown := [op for op in ops if op not in OPERATORS]:
         raise InvalidInputError(f"ops must be among {', '.join(OPERATORS)}, got {', '.join(unknown)}")
+    patterns = _predicted() if suite == "predicted" else _PATTERNS[suite]
     chosen = [
         case
         for case in registry()
         if (not ops or case.op in ops)
-        and any(fnmatchcase(case.name, pattern) for pattern in _PATTERNS[suite])
+        and any(fnmatchcase(case.name, pattern) for pattern in patterns)
         and all(any(matches(name, text) for name in case.aliases) for text in filters)
     ]
     if not chosen:
@@ -469,6 +470,13 @@ def select(suite: str, ops: Iterable[str] = (), filters: Iterable[str] = ()) -> 
             "see 'python -m benchmarks list', or take --suite full"
         )
     return chosen
+
+
+def _predicted() -> tuple[str, ...]:
+    """Names of the cases whose times on a GPU are predicted."""
+    from benchmarks import predict
+
+    return tuple(case.name for case in predict.chosen())
 
 
 def matches(name: str, text: str) -> bool:

@@ -8,8 +8,9 @@
 # training step). JSON goes into the directory RESULTS, by default benchmarks/results of this repository.
 #
 # SET is one of two campaigns, every stage of which takes less than ten minutes:
-#   ops: build, tests, sanitizer, ceilings (copies and bfloat16 products at their best), bench, judged (operators with
-#     demands, held against them), against (predictions beside the times), suite (all tests that need no GPU).
+#   ops: build, tests, sanitizer, ceilings (copies and bfloat16 products at their best), bench, predicted (the cases whose
+#     times are predicted), judged (operators with demands; then the routes of all), against (predictions beside times),
+#     tune (the documented configurations of the Triton kernels), suite (all tests that need no GPU).
 #   training: build, equality (graphs against eager, GPU against CPU), step (every network and batch size), profile (the
 #     timeline of a step), accuracy (40 epochs, the paper's recipe and adadfq_plus), schedule (the paper's 400 epochs of
 #     both), efficientnet, endurance (80,000 steps: are memory and time flat?).
@@ -32,16 +33,16 @@ set -euo pipefail
 
 stages=(build tests sanitizer bench)
 declare -A sets=(
-  [ops]="build tests sanitizer ceilings bench judged against suite"
+  [ops]="build tests sanitizer ceilings bench predicted judged against tune suite"
   [training]="build equality step profile accuracy schedule efficientnet endurance"
 )
 declare -A limits=(
   [build]=120 [tests]=110 [sanitizer]=140 [bench]=190 # seconds; together at most 560
-  [suite]=560 [ceilings]=60 [judged]=560 [against]=30
+  [suite]=560 [ceilings]=60 [predicted]=560 [judged]=560 [against]=30 [tune]=560
   [equality]=120 [step]=560 [profile]=90 [accuracy]=560 [schedule]=560 [efficientnet]=560 [endurance]=560
 )
 # Stages whose files hold what was measured until the time was up.
-goes_on=" bench judged step accuracy schedule efficientnet "
+goes_on=" bench predicted judged step accuracy schedule efficientnet "
 # With --seconds, they are begun with no less than this.
 least=120
 # Exit statuses of --inside that no command of a stage can bring about, see run().
@@ -176,14 +177,28 @@ run_ceilings() {
   run --dry-run "$python" -m benchmarks ceilings --device cuda --rounds 21 --seconds 2 --json "$results/ceilings-cuda.json"
 }
 
+run_predicted() {
+  run --dry-run "$python" -m benchmarks ops --device cuda --suite predicted --kernels-only --providers "adadfq*" \
+    --rounds 21 --seconds 0.5 --resume --limit 480 --json "$results/ops-predicted-cuda.json"
+  [ -n "$dry_run" ] || is_complete "$results/ops-predicted-cuda.json" || return "$partial"
+}
+
 run_judged() {
   run --dry-run "$python" -m benchmarks ops --device cuda --suite judged --rounds 21 --seconds 0.5 --resume --limit 480 \
     --json "$results/ops-judged-cuda.json"
+  run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" "$results/ops-judged-cuda.json" \
+    --out "$results/routes.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-judged-cuda.json" || return "$partial"
 }
 
 run_against() {
-  run --dry-run "$python" -m benchmarks against "$root/benchmarks/results/predictions-h200.json" "$results/ops-cuda.json"
+  run --dry-run "$python" -m benchmarks against "$root/benchmarks/results/predictions-h200.json" \
+    "$results/ops-cuda.json" "$results/ops-predicted-cuda.json"
+}
+
+run_tune() {
+  [ -n "$dry_run" ] || mkdir -p "$results/tune"
+  run --help "$python" -m adadfq.kernels.tune "$results/tune/triton-configs.json"
 }
 
 is_complete() {

@@ -1227,7 +1227,13 @@ def test_gpu_sh_dry_run() -> None:
 @pytest.mark.parametrize(
     ("campaign", "stages"),
     [
-        ("ops", ["build", "tests", "sanitizer", "ceilings", "bench", "judged", "against", "suite"]),
+        (
+            "ops",
+            [
+                *("build", "tests", "sanitizer", "ceilings", "bench"),
+                *("predicted", "judged", "against", "tune", "suite"),
+            ],
+        ),
         (
             "training",
             ["build", "equality", "step", "profile", "accuracy", "schedule", "efficientnet", "endurance"],
@@ -1378,7 +1384,7 @@ def test_a_campaign_goes_on_after_a_stage_that_fails(machinery: Path, standing_i
     assert (results / ".stage-suite").exists() and not (results / ".stage-ceilings").exists()
     (machinery / "fail").unlink()
     done = gpu_sh("ops", str(results), **standing_in)
-    assert done.returncode == 0 and done.stdout.count("skipped") == 7 and "all stages are done" in done.stdout
+    assert done.returncode == 0 and done.stdout.count("skipped") == 9 and "all stages are done" in done.stdout
     fail(machinery, "pip install", 5)
     done = gpu_sh("ops", "--fresh", str(results), **standing_in)
     assert done.returncode == 1 and "stage tests" not in done.stdout  # nothing is there to be tested
