@@ -453,7 +453,7 @@ def test_the_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite", "fast"), "suite must be one of quick, judged, full, got 'fast'"),
+        (("--suite", "fast"), "suite must be one of quick, judged, full, gpu, got 'fast'"),
         (("--providers", "fastest"), "'fastest' fits none of authors, plain"),
         (("--batch-size", "8,many"), "must be positive numbers between commas, got 'many'"),
         (("--recipe", "none"), "recipe must be one of"),

@@ -948,7 +948,7 @@ def test_list() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ops", "--suite", "fast"), "suite must be one of quick, judged, gpu, full, got 'fast'"),
+        (("ops", "--suite", "fast"), "suite must be one of quick, judged, gpu, predicted, full, got 'fast'"),
         (("ops", "--ops", "quantize"), "ops must be among"),
         (("ops", "--filter", "nothing"), "no case of suite quick fits"),
         (("ops", "--providers", "adadfq*,fastest"), "'fastest' fits none of"),
