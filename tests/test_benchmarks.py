@@ -802,7 +802,7 @@ def test_replayed_calls_are_timed_by_the_call(monkeypatch: pytest.MonkeyPatch) -
         nonlocal calls
         calls += 1
 
-    provider = providers._replayed(providers.Provider("empty", call))
+    provider = providers.replayed(providers.Provider("empty", call))
     clock = 0.5  # of a call that takes longer than a second, none goes untimed
     monkeypatch.setattr(timing, "clock_of", lambda device: lambda function, repeats: (function(), clock)[1])
     kept = timing.measure([provider], CPU, 5, 0)["empty"]
