@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,14 +213,6 @@ def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> set
             click.echo(f"begun anew: {reason}; what was there is in {kept.name}", err=True)
     store.write(json_path, content)
     return {row["case"] for row in content["rows"]}
-
-
-def _check_writable(json_path: Path | None, content: dict[str, Any]) -> None:
-    """Find out now whether the file can be written; what is there stays until there is something new."""
-    from benchmarks import store
-
-    if json_path is not None and not json_path.exists():
-        store.write(json_path, content)
 
 
 def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
@@ -438,21 +431,51 @@ def ceilings(
     dry_run: bool,
 ) -> None:
     """Time copies, bfloat16 products and next to nothing: what this machine can do at best."""
-    from benchmarks import ceilings, store
-    from benchmarks.environment import describe, machine, pick_device
+    from benchmarks import ceilings
     from benchmarks.report import ceilings_text
 
     if dry_run:
         return
-    device = pick_device(device_name, threads)
-    environment = describe(device)
-    content = store.document("ceilings", environment, {"rounds": rounds, "seconds": seconds, "small": small})
-    _check_writable(json_path, content)
     sizes = {"copied": ceilings.COPIED[:2], "sides": (256,)} if small else {}
-    content["rows"] = ceilings.run_ceilings(device, environment, rounds, seconds, **sizes)
-    click.echo(f"{machine(environment)}\n{ceilings_text(content['rows'])}")
+    _measure(
+        "ceilings",
+        {"rounds": rounds, "seconds": seconds, "small": small},
+        json_path,
+        (device_name, threads),
+        lambda device, environment: ceilings.run_ceilings(device, environment, rounds, seconds, **sizes),
+        ceilings_text,
+    )
+
+
+def _measure(
+    kind: str,
+    options: dict[str, Any],
+    json_path: Path | None,
+    where: tuple[str, int],
+    rows_of: Callable[[Any, dict[str, Any]], list[dict[str, Any]]],
+    text: Callable[[list[dict[str, Any]]], str],
+) -> list[dict[str, Any]]:
+    """Rows of a kind that is measured whole: printed, and written once all are there.
+
+    Args:
+        where: name of the device, and PyTorch's threads.
+        rows_of: from the device and the description of the environment.
+        text: of rows, to print.
+    """
+    from benchmarks import store
+    from benchmarks.environment import describe, machine, pick_device
+
+    device = pick_device(*where)
+    environment = describe(device)
+    content = store.document(kind, environment, options)
+    # A path that cannot be written is found now; what is there stays until there is something new.
+    if json_path is not None and not json_path.exists():
+        store.write(json_path, content)
+    content["rows"] = rows_of(device, environment)
+    click.echo(f"{machine(environment)}\n{text(content['rows'])}")
     if json_path is not None:
         store.write(json_path, content)
+    return content["rows"]
 
 
 _setting = _options(
@@ -477,25 +500,23 @@ def equality(device_name: str, threads: int, steps: int, json_path: Path | None,
     From CUDA graphs and without, on the GPU and on the CPU, fused and layer by layer; on a CPU the last alone. Exits
     with 1 where two ways part too early.
     """
-    from benchmarks import store
     from benchmarks.contest import Setting
-    from benchmarks.environment import describe, machine, pick_device
     from benchmarks.equality import run_equality
     from benchmarks.report import equality_text
 
     chosen = Setting(**setting)
-    chosen.resolved()
+    options = {"steps": steps, "case": chosen.case()}
     if dry_run:
         return
-    device = pick_device(device_name, threads)
-    environment = describe(device)
-    content = store.document("equality", environment, {"steps": steps, "case": chosen.case()})
-    _check_writable(json_path, content)
-    content["rows"] = run_equality(chosen, steps, device, environment)
-    click.echo(f"{machine(environment)}\n{equality_text(content['rows'])}")
-    if json_path is not None:
-        store.write(json_path, content)
-    _exit_if_not_ok(content["rows"])
+    rows = _measure(
+        "equality",
+        options,
+        json_path,
+        (device_name, threads),
+        lambda device, environment: run_equality(chosen, steps, device, environment),
+        equality_text,
+    )
+    _exit_if_not_ok(rows)
 
 
 @main.command()
@@ -517,26 +538,23 @@ def endurance(
 
     Exits with 1 where they do not.
     """
-    from benchmarks import store
     from benchmarks.contest import Setting
     from benchmarks.endurance import run_endurance
-    from benchmarks.environment import describe, machine, pick_device
     from benchmarks.report import endurance_text
 
     chosen = Setting(**setting)
-    chosen.resolved()
+    options = {"case": chosen.case(), "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     if dry_run:
         return
-    device = pick_device(device_name, threads)
-    environment = describe(device)
-    options = {"case": chosen.case(), "epochs": epochs, "steps_per_epoch": steps_per_epoch}
-    content = store.document("endurance", environment, options)
-    _check_writable(json_path, content)
-    content["rows"] = [run_endurance(chosen, epochs, steps_per_epoch, device, environment)]
-    click.echo(f"{machine(environment)}\n{endurance_text(content['rows'])}")
-    if json_path is not None:
-        store.write(json_path, content)
-    _exit_if_not_ok(content["rows"])
+    rows = _measure(
+        "endurance",
+        options,
+        json_path,
+        (device_name, threads),
+        lambda device, environment: [run_endurance(chosen, epochs, steps_per_epoch, device, environment)],
+        endurance_text,
+    )
+    _exit_if_not_ok(rows)
 
 
 def _exit_if_not_ok(rows: list[dict[str, Any]]) -> None:

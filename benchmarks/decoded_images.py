@@ -17,7 +17,7 @@ class DecodedImages:
     """What :func:`adadfq.scoring.accuracy` asks of a set of images, from memory on `device` where they fit."""
 
     def __init__(self, images: ScoringSet, channels: int, device: torch.device) -> None:
-        self.images, self.name, self.num_classes, self.device = images, images.name, images.num_classes, device
+        self.images, self.num_classes, self.device = images, images.num_classes, device
         self._fit = 4 * len(images) * channels * images.image_size**2 <= MOST_BYTES
         self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
 

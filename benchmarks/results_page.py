@@ -29,7 +29,7 @@ trainer (`benchmarks/authors_training.py`) on the same teacher, scored alike; "o
 recipe after as many steps of as many images. "Held-out agreement" is the share of generated images, which no training
 saw, on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
 (`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing is chosen
-by top-1; one seed decides nothing. Differences are ± their standard error over the seeds of both. Times are without
+by top-1. Differences are ± their standard error over the seeds of both. Times are without
 scoring; on a CPU they are CPU time, which whatever else ran has no part in. A command trains what its file does
 not hold yet: where it names more seeds or settings than a table shows, those have not been run.
 """

@@ -191,17 +191,19 @@ def around(code: Listing) -> int:
 
 def stack_accesses_in_loops(code: Listing) -> list[str]:
     """Instructions of loops, and of what they call, that store to a thread's stack or load from it."""
-    place = {address: i for i, (address, _) in enumerate(code)}
-    following: list[list[int]] = []
+    graph = _Code(code, {})
+    following = [[j for j in ways if j < len(code)] for ways in graph.next]  # forward
     calls: list[tuple[int, int]] = []
-    for i, (_, text) in enumerate(code):
-        branch, call = _BRANCH.match(text), _CALL.match(text)
-        ends = text.startswith(("EXIT", "RET")) or (branch is not None and branch[1] is None)
-        following.append([] if ends or i + 1 == len(code) else [i + 1])
-        if branch and (target := place.get(int(branch[2], 16))) is not None:
-            following[i].append(target)
-        if call and (target := place.get(int(call[1], 16))) is not None:
-            calls.append((i, target))
+    for i, (address, text) in enumerate(code):
+        for pattern in (_BRANCH, _CALL):
+            match = pattern.match(text)
+            target = None if match is None else graph.place.get(int(match[match.lastindex], 16))
+            if target is None:
+                continue
+            if pattern is _CALL:
+                calls.append((i, target))
+            elif code[target][0] <= address:
+                following[i].append(target)
 
     def reached(starts: Iterable[int]) -> set[int]:
         found, ahead = set(), list(starts)

@@ -11,7 +11,20 @@ import torch
 from click.testing import CliRunner, Result
 
 from adadfq.errors import InvalidInputError
-from benchmarks import ceilings, contest, decoded_images, endurance, equality, players, report, step, store
+from benchmarks import (
+    cases,
+    ceilings,
+    contest,
+    decoded_images,
+    endurance,
+    environment,
+    equality,
+    players,
+    predict,
+    report,
+    step,
+    store,
+)
 from benchmarks.__main__ import main
 from benchmarks.contest import Setting, Start
 from benchmarks.environment import describe
@@ -64,6 +77,29 @@ def test_ways_that_part_early_are_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     done, content = run("equality", "--steps", "2", *SMALL, path=tmp_path / "e.json")
     assert done.exit_code == 1 and "part after 0 steps, 2 are to be equal" in done.output
     assert content["rows"][0]["status"] == "wrong"
+
+
+def test_ways_are_compared_in_exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flags that are as before afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    found = []
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic
+
+    def looked_at(start: Start) -> equality.Losses:
+        while True:
+            found.append((cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic))
+            yield 1.0, 1.0
+
+    pair = equality.Pair("one", "two", {"one": looked_at, "two": looked_at}, needed=1, devices=("cpu",))
+    monkeypatch.setattr(equality, "PAIRS", (pair,))
+    matmul.allow_tf32 = True
+    try:
+        equality.run_equality(TINY, 1, CPU, describe(CPU))
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before[1]
+    assert found == [(False, False, True)] * 2
+    assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic) == before
 
 
 def test_equal_steps() -> None:
@@ -150,6 +186,44 @@ def test_predictions_stand_beside_times() -> None:
     _, first, second, note = report.against_text(predicted, measured).splitlines()
     assert first.split()[:5] == ["b", "cuda", "10", "40", "4"] and second.split()[:5] == ["a", "cuda", "10", "20", "2"]
     assert note == "1 predictions have no time"
+    # Of a case in two files, the last counts.
+    again = {**row, "case": "a", "p50_ms": 0.09}
+    assert report.against_text(predicted, [*measured, again]).splitlines()[1].split()[:5] == [
+        "a",
+        "cuda",
+        "10",
+        "90",
+        "9",
+    ]
+
+
+def test_the_predicted_cases_are_a_suite() -> None:
+    names = {case.name for case in predict.chosen()}
+    assert {case.name for case in cases.select("predicted")} == names and len(names) > 80
+
+
+def test_a_dry_run_asks_for_no_backend_of_the_device() -> None:
+    command = ["ops", "--device", "cuda", "--suite", "predicted", "--dry-run", "--providers"]
+    assert CliRunner().invoke(main, [*command, "adadfq*"]).exit_code == 0
+    assert "'fastest' fits none of" in CliRunner().invoke(main, [*command, "adadfq*,fastest"]).output
+
+
+def test_sources_outside_of_git_are_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_git", lambda *arguments: None)
+    monkeypatch.delenv("ADADFQ_COMMIT", raising=False)
+    assert [describe(CPU)[key] for key in ("git_commit", "git_dirty")] == [None, None]
+    monkeypatch.setenv("ADADFQ_COMMIT", "sources-1")
+    assert [describe(CPU)[key] for key in ("git_commit", "git_dirty")] == ["sources-1", False]
+
+
+def test_a_player_without_memory_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def large(start: Start, checkout: Path | None) -> players.Player:
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    monkeypatch.setattr(step, "KINDS", (players.Kind("large", large), players.KINDS[-1]))
+    first, second = step.run_step(TINY, CPU, describe(CPU), 5, 0.0)
+    assert first["status"] == "unavailable" and "OutOfMemoryError: tried to allocate 1 TiB" in first["error"]
+    assert second["status"] == "ok"
 
 
 def test_steps_without_graphs_are_for_gpus() -> None:

@@ -315,6 +315,30 @@ def test_signals_are_judged_within_a_width(results: Path) -> None:
     assert "| resnet20 3w3a | held out kl | 12 | - | - |" in text
 
 
+def test_two_runs_say_nothing_of_a_signal() -> None:
+    rows = [row(80.0 + i, seed=i) for i in range(3)]
+    said = "| held out kl |"
+    assert said not in results_page.content({Path("accuracy-x.json"): content(*rows[:2])})
+    assert said in results_page.content({Path("accuracy-x.json"): content(*rows)})
+    other = row(70.0, seed=9, recipe="adadfq_plus", recipe_digest="1" * 16)
+    text = results_page.content({Path("accuracy-x.json"): content(*rows, other)})
+    assert "| resnet20 3w3a, 2 recipes | held out kl | 4 |" in text
+
+
+def test_what_training_spoilt_is_marked() -> None:
+    text = results_page.content(
+        {Path("accuracy-x.json"): content(varied(49.0, 1, gamma=0.0), varied(51.0, 1, gamma=2.0))}
+    )
+    assert "| `gamma=0.0` | 1 | 49.00, below round to nearest (50.00) |" in text
+    assert "| `gamma=2.0` | 1 | 51.00 |" in text
+
+
+def test_a_label_leaves_out_what_the_teachers_input_is() -> None:
+    rows = [row(80.0, settings={"epochs": 10, "mean": [0.5], "std": [0.2]})]
+    (summary,) = summarize(rows)
+    assert accuracy_report.group_label(summary) == "adadfq, cifar10_resnet20 epochs=10"
+
+
 def test_a_run_in_two_files_counts_once() -> None:
     first, again, other = row(80.0), row(70.0), row(75.0, seed=2)
     assert statistics.unique([content(first), content(again, other)]) == [first, other]
