@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ __all__ = ["H_PRIME_QUANTILES", "Trainer"]
 H_PRIME_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: Generated batches on which activation ranges of least error are found.
 RANGE_BATCHES = 8
+#: Least time from one checkpoint to the next: on a GPU an epoch may take less than writing one.
+CHECKPOINT_SECONDS = 10.0
 
 
 class Trainer:
@@ -167,6 +170,7 @@ class Trainer:
         #: Means of :data:`adadfq.game.METRICS` over each epoch played so far.
         self.epoch_metrics: list[dict[str, float]] = []
         self._directory: Path | None = None
+        self._checkpoint_due = -math.inf
         self._used = False
         #: Quantiles of H' over all samples of an epoch, at :data:`H_PRIME_QUANTILES`; one tuple an epoch.
         self.epoch_h_prime: list[tuple[float, ...]] = []
@@ -295,7 +299,9 @@ class Trainer:
         """Train for the recipe's epochs.
 
         Ctrl-C ends the run after the step in progress, with the student as far as it came, written and loadable like a
-        complete one; the checkpoint beside it lets ``resume=True`` go on to the same result as an unbroken run.
+        complete one; the checkpoint beside it lets ``resume=True`` go on to the same result as an unbroken run. A run
+        that is killed goes on from its last checkpoint: after the first epoch, and after every later one that ends ten
+        seconds or more after the one before.
 
         Args:
             out: new directory for the result (see :mod:`adadfq.result`); None keeps everything in memory.
@@ -308,7 +314,7 @@ class Trainer:
             InvalidInputError: `out` exists, `resume` without it, or a second call: a trainer trains once.
             CheckpointError: the checkpoint cannot be read, or is of another recipe, seed, student or teacher, or has
                 no epoch left.
-            AdadfqError: a loss is no longer finite; the last epoch's checkpoint remains.
+            AdadfqError: a loss is no longer finite; the last checkpoint remains.
         """
         if self._used:
             raise InvalidInputError("this Trainer has already run; make a new one (fit(out, resume=True) goes on)")
@@ -418,8 +424,9 @@ class Trainer:
             self.student.eval()
             self.generator.train()
             self._captured = {}  # it may have put other tensors in place
-        if self._directory is not None and self.epoch < recipe.epochs:
+        if self._directory is not None and self.epoch < recipe.epochs and time.monotonic() >= self._checkpoint_due:
             resume_state.save(self, self._directory / CHECKPOINT)
+            self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
 
     def _freeze(self) -> None:
         """Freeze every range; quantisers the forward pass never reaches have none and need none."""

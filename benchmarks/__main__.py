@@ -375,8 +375,8 @@ def accuracy(
 
     --study names a grid (benchmarks/studies.py); --recipe, --bits and --set then change it.
 
-    The file is written after every run. Runs that it holds already are not repeated, so that an interrupted grid goes
-    on with the same command.
+    The file is written after every run. Runs that it holds already are not repeated, and a run that was cut off goes on
+    from its last checkpoint (--authors: begins anew): repeat the command. Several processes may work on one file.
     """
     from benchmarks import store
     from benchmarks.accuracy import check_grid, key, train_grid
@@ -408,11 +408,16 @@ def accuracy(
         click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
     rows = content["rows"]
     folder = None if json_path is None else json_path.parent
-    for row in train_grid(grid, weights, data, environment, rows, authors, folder, click.echo):
-        rows.append(row)
-        click.echo(run_text(row))
+
+    def stored() -> list[dict[str, Any]]:
         if json_path is not None:
             rows[:] = store.merge(json_path, {**content, "rows": rows}, key)["rows"]  # and what others did meanwhile
+        return rows
+
+    for row in train_grid(grid, weights, data, environment, stored, authors, folder, click.echo):
+        rows.append(row)
+        click.echo(run_text(row))
+        stored()
     click.echo(text(rows))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch import nn
 import adadfq
 from adadfq import files, scoring
 from adadfq.checkpoint import load_weights, read_state_dict
-from adadfq.errors import AdadfqError, InvalidInputError
+from adadfq.errors import AdadfqError, CheckpointError, InvalidInputError
 from adadfq.models import BUILTINS
-from benchmarks import held_out_images
+from benchmarks import held_out_images, unfinished
 from benchmarks.accuracy_grid import Grid, Run, public_name
 from benchmarks.authors_training import AuthorsTraining
 from benchmarks.authors_training import check as check_authors
 from benchmarks.decoded_images import DecodedImages
+from benchmarks.epoch_scores import EpochScores
 
 Row = dict[str, Any]
 
@@ -79,7 +79,7 @@ def train_grid(
     weights: Path | None,
     data: Path,
     environment: Mapping[str, Any],
-    done: Sequence[Mapping[str, Any]] = (),
+    done: Callable[[], Sequence[Mapping[str, Any]]] = list,
     authors: Path | None = None,
     folder: Path | None = None,
     say: Callable[[str], None] = print,
@@ -87,15 +87,20 @@ def train_grid(
     """Train what is not among `done`; a row a run, see :data:`benchmarks.store.FIELDS`, as soon as it is there.
 
     Args:
-        done: rows; looked at before every run, so that what is added meanwhile is not trained again.
+        done: gives the rows that are there; asked before every run, for what others have added meanwhile.
         authors: a checkout of the authors' code, which then trains in this project's place.
-        folder: where held-out images are kept for the next call; None: nowhere.
+        folder: where held-out images and this project's unfinished runs are kept for the next call, and runs are told
+            from those that other processes have begun (:mod:`benchmarks.unfinished`); None: nowhere.
         say: is told what takes time before the first row.
 
     Raises:
         InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting.
-        KeyboardInterrupt: a run was interrupted; it has no row.
+        KeyboardInterrupt: a run was interrupted; it has no row, and goes on in the next call with the same `folder`.
     """
+
+    def is_done(row: Row) -> bool:
+        return key(row) in {key(other) for other in done()}
+
     runs = check_grid(grid, authors)
     teachers: dict[Any, _Teacher] = {}
     held_out: dict[Any, adadfq.HeldOut] = {}
@@ -128,17 +133,34 @@ def train_grid(
             "teacher_accuracy": teacher.accuracy,
             **environment,
         }
-        if key(row) in {key(other) for other in done}:
+        if is_done(row):
             continue
-        if inputs not in held_out:
-            held_out[inputs] = held_out_images.make(teacher.network, recipe, folder, say)
-        row["held_out_digest"] = held_out[inputs].digest
-        scorer = _Scorer(teacher.images, held_out[inputs], recipe.warmup_epochs)
-        student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
-        if authors is None:
-            yield row | _train(run, teacher.network, student, scorer, device)
-        else:
-            yield row | _train_authors(run, teacher.network, student, scorer, device, authors)
+        place = None
+        if folder is not None:
+            place = unfinished.take(folder, key(row), environment)
+            if place is None:
+                say(f"seed {run.seed} of {run.weight_bits}w{run.act_bits}a {run.variant}: another process trains it")
+                continue
+        try:
+            if not is_done(row):  # by the process that had the place until now
+                if inputs not in held_out:
+                    held_out[inputs] = held_out_images.make(teacher.network, recipe, folder, say)
+                row["held_out_digest"] = held_out[inputs].digest
+                scorer = EpochScores(teacher.images, held_out[inputs], recipe.warmup_epochs, place)
+                student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
+                if authors is None:
+                    yield row | _train(run, teacher.network, student, scorer, device, place, say)
+                else:
+                    yield row | _train_authors(run, teacher.network, student, scorer, device, authors)
+            if place is not None:
+                place.remove()
+        except InvalidInputError:
+            if place is not None:
+                place.remove()
+            raise
+        finally:
+            if place is not None:
+                place.release()
 
 
 def check_grid(grid: Grid, authors: Path | None) -> list[Run]:
@@ -153,41 +175,37 @@ def check_grid(grid: Grid, authors: Path | None) -> list[Run]:
     return runs
 
 
-class _Scorer:
-    """Scores the student after the last epoch of warm-up and every later one; its time is none of training's."""
-
-    def __init__(self, images: DecodedImages, held_out: adadfq.HeldOut, warmup_epochs: int) -> None:
-        self.images, self.held_out, self.warmup_epochs = images, held_out, warmup_epochs
-        self.accuracies: list[float] = []
-        self.signals: list[dict[str, float]] = []
-        self.epoch_seconds: list[float] = []
-        self.epoch_cpu_seconds: list[float] = []
-        self.begin()
-
-    def begin(self) -> None:
-        """Training begins, or goes on."""
-        self.since, self.cpu_since = time.perf_counter(), time.process_time()
-
-    def __call__(self, epoch: int, training: Any) -> None:
-        # The trainer has read the epoch's metrics from the device, which has thus finished.
-        self.epoch_seconds.append(time.perf_counter() - self.since)
-        self.epoch_cpu_seconds.append(time.process_time() - self.cpu_since)
-        if epoch + 1 >= self.warmup_epochs:
-            self.accuracies.append(scoring.accuracy(training.student, self.images).top1)
-            self.signals.append(self.held_out.score(training.student))
-        self.begin()
-
-
-def _train(run: Run, teacher: nn.Module, student: nn.Module, scorer: _Scorer, device: torch.device) -> Row:
+def _train(
+    run: Run,
+    teacher: nn.Module,
+    student: nn.Module,
+    scorer: EpochScores,
+    device: torch.device,
+    place: unfinished.Place | None,
+    say: Callable[[str], None],
+) -> Row:
     trainer = adadfq.Trainer(
         teacher, student, run.recipe, seed=run.seed, device=device, progress=False, on_epoch_end=scorer
     )
     metrics: Mapping[str, float] = {}
+    out = None if place is None else place.training
+    goes_on = place is not None and place.go_on(say)
 
     def fit() -> None:
         nonlocal metrics
-        result = trainer.fit()
+        try:
+            if place is not None:
+                scorer.take_up(place.scores)
+            result = trainer.fit(out, resume=goes_on)
+        except CheckpointError as error:
+            if place is None or not goes_on:
+                raise
+            say(f"begun anew: {error}")
+            place.begin_anew()
+            scorer.take_up({})
+            result = trainer.fit(out)
         if result.status != "complete":
+            scorer.interrupted()
             raise KeyboardInterrupt
         metrics = result.metrics
 
@@ -201,7 +219,7 @@ def _train(run: Run, teacher: nn.Module, student: nn.Module, scorer: _Scorer, de
 
 
 def _train_authors(
-    run: Run, teacher: nn.Module, student: nn.Module, scorer: _Scorer, device: torch.device, checkout: Path
+    run: Run, teacher: nn.Module, student: nn.Module, scorer: EpochScores, device: torch.device, checkout: Path
 ) -> Row:
     training = AuthorsTraining(
         teacher, student, run.recipe, seed=run.seed, device=device, checkout=checkout, on_epoch_end=scorer
@@ -212,7 +230,7 @@ def _train_authors(
     return row | {"losses_student": training.losses_student, **missing}
 
 
-def _result(run: Run, scorer: _Scorer, trainer: Any, fit: Callable[[], None]) -> Row:
+def _result(run: Run, scorer: EpochScores, trainer: Any, fit: Callable[[], None]) -> Row:
     """`fit`, and what both players' rows have."""
     recipe, error = run.recipe, None
     scorer.begin()

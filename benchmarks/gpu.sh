@@ -23,8 +23,8 @@
 # --fresh forgets the stamps, but no rows of files; --from and --only run their stages whatever the stamps say. With
 # --seconds the command begins no stage whose limit does not fit into what is left of them, but gives one that can go on
 # later what is left. A stage that takes longer than its limit fails; what it measured stays in its file, and the same
-# command goes on from there: run it until it says that all stages are done. Outside of git, sources are known by a
-# digest.
+# command goes on from there, a training of this project's from its last checkpoint: run it until it says that all
+# stages are done. Outside of git, sources are known by a digest.
 # Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.

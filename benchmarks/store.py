@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
@@ -223,6 +223,8 @@ OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "lambda_u": (float,),
     }
 }
+#: Of the environment, what has to be the same where measuring goes on.
+KNOWN = ("device_name", "cpu", "threads", "versions", "git_commit", "git_dirty", "native_matches_sources")
 #: Kinds whose rows have a status and, where it is "ok", a time.
 TIMED = ("ops", "step")
 STATUSES = ("ok", "wrong", "unavailable")
@@ -284,6 +286,15 @@ def merge(path: Path, content: dict[str, Any], key: Callable[[dict[str, Any]], s
         return merged
 
 
+def reason_against(before: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Why what was begun in one environment is not to be gone on with in another; None where nothing is against it."""
+    if different := [name for name in KNOWN if before[name] != here[name]]:
+        return f"it differs in {', '.join(different)}"
+    if not here["git_commit"] or here["git_dirty"]:
+        return "files are changed, or nobody knows the commit"
+    return None
+
+
 def rows_to_go_on_from(path: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
     """The rows of the file at `path` where it was begun as `content` is, on such a machine at the same clean commit.
 
@@ -296,13 +307,10 @@ def rows_to_go_on_from(path: Path, content: dict[str, Any]) -> tuple[list[dict[s
     if not path.exists():
         return [], None
     before, here = read(path), content["environment"]
-    known = ("device_name", "cpu", "threads", "versions", "git_commit", "git_dirty", "native_matches_sources")
     different = [part for part in ("kind", "options") if before[part] != content[part]]
-    different += [key for key in known if before["environment"][key] != here[key]]
-    if different:
-        return [], f"it differs in {', '.join(different)}"
-    if not here["git_commit"] or here["git_dirty"]:
-        return [], "files are changed, or nobody knows the commit"
+    reason = f"it differs in {', '.join(different)}" if different else reason_against(before["environment"], here)
+    if reason is not None:
+        return [], reason
     wrong = {row["case"] for row in before["rows"] if row["status"] == "wrong"}
     return [row for row in before["rows"] if row["case"] not in wrong], None
 

@@ -14,6 +14,7 @@ from torch import nn
 from toy import toy_recipe, toy_teacher
 
 import adadfq
+from adadfq import trainer as training
 from adadfq.fusion import with_features
 from adadfq.game import METRICS, REPLAY_METRICS
 from adadfq.nn import activations, set_calibrating, step_sizes
@@ -416,7 +417,9 @@ def test_an_interrupt_before_the_students_first_step_prepares_it_once(tmp_path: 
     assert _same(resumed.student, unbroken.student)
 
 
-def test_a_run_goes_on_on_another_kind_of_device(tmp_path: Path) -> None:
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+
     def stop(epoch: int, trainer: adadfq.Trainer) -> None:
         if epoch == 2:
             raise KeyboardInterrupt

@@ -15,6 +15,7 @@ from torch import nn
 from toy import ToyNet, toy_recipe, toy_teacher
 
 import adadfq
+from adadfq import trainer as training
 from adadfq.game import METRICS
 from adadfq.nn import activations
 from adadfq.result import load_teacher, read_result
@@ -382,6 +383,27 @@ def test_an_interrupted_run_is_usable_and_goes_on_to_the_same_result(tmp_path: P
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(12))
+
+
+def test_a_checkpoint_is_written_seconds_after_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that is killed goes on from it to the same result."""
+    clock = 0.0
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock)
+    epochs_of = []
+
+    def look(epoch: int, trainer: adadfq.Trainer) -> None:
+        nonlocal clock
+        path = tmp_path / "run" / "checkpoint.pt"
+        epochs_of.append(torch.load(path, weights_only=True)["epoch"] if path.exists() else 0)
+        clock += (0.0, 9.0, 1.0, 9.5, 0.0)[epoch]
+        if epoch == 4:
+            raise SystemExit("killed")
+
+    with pytest.raises(SystemExit):
+        _trainer(on_epoch_end=look, epochs=6).fit(tmp_path / "run")
+    assert epochs_of == [0, 1, 1, 3, 3]
+    resumed = _trainer(epochs=6).fit(tmp_path / "run", resume=True)
+    assert _same(resumed.student, _trainer(epochs=6).fit().student)
 
 
 @pytest.mark.filterwarnings("ignore:the student will not train")

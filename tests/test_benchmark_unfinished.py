@@ -1,0 +1,285 @@
+"""Runs of ``python -m benchmarks accuracy`` that are cut off, and processes that share a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import adadfq
+from adadfq import trainer as training
+from adadfq.demo import digits
+from adadfq.errors import InvalidInputError
+from adadfq.result import CHECKPOINT
+from benchmarks import accuracy, epoch_scores, held_out_images, unfinished
+from benchmarks.accuracy_grid import Grid
+
+pytest.importorskip("sklearn")
+
+SET = {"batch_size": 8, "epochs": 5, "steps_per_epoch": 3, "warmup_epochs": 2, "calibration_epochs": 2}
+GRID = Grid("adadfq.demo.digits:DigitsNet", "digits", ((2, 4),), (1, 2), SET)
+HERE = {"device": "cpu", "threads": 1, "git_commit": "a" * 40, "git_dirty": False}
+TIMES = ("train_seconds", "step_ms", "epoch_seconds", "epoch_cpu_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out_images() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out_images, "SMALL", {"images": 20, "steps": 3, "batch_size": 8, "seed": 0})
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images, labels = digits.load_images(held_out=True)
+    path = tmp_path_factory.mktemp("digits") / "images.npz"
+    pixels = (images[:50] * digits.STD + digits.MEAN).clamp(0, 1)
+    np.savez(path, images=pixels.numpy(), labels=labels[:50].numpy())
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path) -> list[dict[str, Any]]:
+    return list(accuracy.train_grid(GRID, digits.WEIGHTS, data, HERE))
+
+
+class Folder:
+    """The grid trained with a folder, call by call; rows are stored as the command stores them."""
+
+    def __init__(self, data: Path, path: Path) -> None:
+        self.data, self.path, self.rows, self.said = data, path, [], []
+
+    def train(self, environment: dict[str, Any] = HERE) -> None:
+        found = accuracy.train_grid(
+            GRID, digits.WEIGHTS, self.data, environment, lambda: self.rows, None, self.path, self.said.append
+        )
+        for row in found:
+            self.rows.append(row)
+
+    def places(self) -> list[Path]:
+        return sorted(self.path.glob(".run-*"))
+
+
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> Folder:
+    return Folder(data, tmp_path)
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def steps_played(monkeypatch: pytest.MonkeyPatch, at: int | None = None, stop: Any = None) -> list[int]:
+    """The list gets every step played; the one of number `at`, counted from 0 over all runs, calls `stop` after it."""
+    played: list[int] = []
+    play = adadfq.Trainer.play
+
+    def counted(trainer: adadfq.Trainer, train_student: bool = True) -> Any:
+        row = play(trainer, train_student)
+        played.append(trainer.step)
+        if len(played) - 1 == at:
+            stop()
+        return row
+
+    monkeypatch.setattr(adadfq.Trainer, "play", counted)
+    return played
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def die() -> None:
+    raise SystemExit("killed")
+
+
+def test_an_interrupted_run_goes_on_within_its_epoch(
+    folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps_played(monkeypatch, at=15 + 10, stop=interrupt)  # the second run's epoch 3, of 0 to 4
+    with pytest.raises(KeyboardInterrupt):
+        folder.train()
+    monkeypatch.undo()
+    assert len(folder.rows) == 1 and len(folder.places()) == 1
+    played = steps_played(monkeypatch)
+    folder.train()
+    assert played == [11, 12, 13, 14] and folder.said[1:] == []  # the first is of held-out images
+    assert timeless(folder.rows) == timeless(unbroken) and folder.places() == []
+    row = folder.rows[1]
+    assert [len(row[name]) for name in TIMES[2:]] == [5, 5] and sum(row["epoch_seconds"]) == row["train_seconds"]
+
+
+def test_the_time_before_an_interrupt_counts(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    play = adadfq.Trainer.play
+
+    def timed(trainer: adadfq.Trainer, train_student: bool = True) -> Any:
+        nonlocal clock
+        clock += 1
+        if clock == 8:
+            interrupt()
+        return play(trainer, train_student)
+
+    monkeypatch.setattr(adadfq.Trainer, "play", timed)
+    monkeypatch.setattr(epoch_scores.time, "perf_counter", lambda: clock)
+    with pytest.raises(KeyboardInterrupt):
+        folder.train()
+    clock += 100
+    folder.train()
+    assert folder.rows[0]["epoch_seconds"] == [3] * 5
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_a_killed_run_goes_on_from_its_checkpoint(
+    folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Of its scores, those of epochs that are played again are forgotten."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
+    with monkeypatch.context() as patch:
+        steps_played(patch, at=13, stop=die)
+        with pytest.raises(SystemExit):
+            folder.train()
+    (place,) = folder.places()
+    kept = json.loads((place / "scores.json").read_text())["scores"]
+    assert [len(kept[name]) for name in ("epoch_seconds", "accuracies", "signals")] == [4, 3, 3]
+    played = steps_played(monkeypatch)
+    folder.train()
+    assert played[: -len(range(15))] == list(range(12 if seconds == 0 else 3, 15))
+    assert timeless(folder.rows) == timeless(unbroken) and folder.places() == []
+    assert [[len(row[name]) for name in TIMES[2:]] for row in folder.rows] == [[5, 5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"git_commit": "b" * 40}, "begun anew: it differs in git_commit"),
+        ({"git_dirty": True}, "begun anew: it differs in git_dirty"),
+    ],
+)
+def test_a_run_of_other_code_begins_anew(
+    folder: Folder,
+    unbroken: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    reason: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        steps_played(patch, at=7, stop=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            folder.train()
+    played = steps_played(monkeypatch)
+    folder.train({**HERE, **change})
+    assert played == [*range(15), *range(15)] and folder.said[1:] == [reason]
+    assert [row["accuracies"] for row in folder.rows] == [row["accuracies"] for row in unbroken]
+    assert [len(row["epoch_seconds"]) for row in folder.rows] == [5, 5]
+
+
+def test_changed_files_are_never_gone_on_with(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    dirty = {**HERE, "git_dirty": True}
+    with monkeypatch.context() as patch:
+        steps_played(patch, at=7, stop=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            folder.train(dirty)
+    played = steps_played(monkeypatch)
+    folder.train(dirty)
+    assert len(played) == 30 and folder.said[1:] == ["begun anew: files are changed, or nobody knows the commit"]
+
+
+def test_a_broken_checkpoint_begins_anew(
+    folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        steps_played(patch, at=7, stop=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            folder.train()
+    (place,) = folder.places()
+    (place / "training" / CHECKPOINT).write_bytes(b"half of one")
+    folder.train()
+    assert "begun anew" in folder.said[1] and "cannot be read" in folder.said[1]
+    assert timeless(folder.rows) == timeless(unbroken) and folder.places() == []
+
+
+def test_what_is_refused_leaves_nothing(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise InvalidInputError("no")
+
+    monkeypatch.setattr(adadfq, "Trainer", refused)
+    with pytest.raises(InvalidInputError, match="no"):
+        folder.train()
+    assert folder.places() == []
+
+
+def test_a_run_that_diverges_leaves_nothing(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(*_: Any) -> None:
+        raise adadfq.AdadfqError("loss_student is nan")
+
+    monkeypatch.setattr(adadfq.Trainer, "_check_finite", diverged)
+    folder.train()
+    assert [row["status"] for row in folder.rows] == ["diverged"] * 2 and folder.places() == []
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(
+    folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = unfinished.take(folder.path, accuracy.key(unbroken[0]), HERE)
+    assert held is not None
+    folder.train()
+    assert [row["seed"] for row in folder.rows] == [2]
+    assert "seed 1 of 2w4a {}: another process trains it" in folder.said
+    # It ends without a row, and the next call takes over; a row that it adds at its end is seen.
+    held.release()
+    assert folder.places() == []
+    row = folder.rows.pop()
+    take = unfinished.take
+
+    def taken_late(path: Path, key: str, environment: Any) -> Any:
+        if row not in folder.rows:
+            folder.rows.append(row)
+        return take(path, key, environment)
+
+    monkeypatch.setattr(unfinished, "take", taken_late)
+    played = steps_played(monkeypatch)
+    folder.train()
+    assert played == list(range(15)) and [row["seed"] for row in folder.rows] == [2, 1] and folder.places() == []
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from benchmarks import unfinished\n"
+        "place = unfinished.take(Path(sys.argv[1]), 'a run', {})\n"
+        "print('none' if place is None else 'taken', flush=True)\n"
+        "(place.training.parent / 'something').touch() if place else None\n"
+        "time.sleep(60 if place and sys.argv[2] == 'stay' else 0)\n"
+    )
+
+    def start(how: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, str(tmp_path), how]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+
+    first = start("stay")
+    assert first.stdout is not None and first.stdout.readline() == "taken\n"
+    assert start("go").communicate()[0] == "none\n"
+    assert unfinished.take(tmp_path, "a run", {}) is None
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert start("go").communicate()[0] == "taken\n"
+
+
+def test_a_place_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    first = unfinished.take(tmp_path, "a run", {})
+    assert first is not None
+    first.remove()
+    second = unfinished.take(tmp_path, "a run", {})  # while the first is still held
+    assert second is not None and unfinished.take(tmp_path, "a run", {}) is None
+    first.release()
+    assert unfinished.take(tmp_path, "a run", {}) is None
+    second.release()
+    assert list(tmp_path.iterdir()) == []
