@@ -61,7 +61,8 @@ class Trainer:
             itself stays as it is. A network that cannot be fused plays as it is, with a warning; with a recipe that
             matches features (``feature_weight``) it is refused.
         capture: replay each step as a CUDA graph; default, on CUDA devices. Hooks and other Python in the networks
-            then run only while the graph is recorded: four times at the start of every phase.
+            then run only while the graph is recorded: four times at the start of every phase, and after an
+            `on_epoch_end` that put other tensors in place or changed which of them learn.
         progress: show progress on stderr.
         on_epoch_end: called as ``on_epoch_end(epoch, trainer)`` after each epoch, counted from 0, for instance to
             score ``trainer.student``.
@@ -418,15 +419,31 @@ class Trainer:
         if self.epoch == recipe.calibration_epochs:
             self._freeze()
         if self.on_epoch_end is not None:
+            before = self._memory()
             # Images shown to the student there are not to move its ranges: they may be real ones.
             with frozen_ranges(self.student):
                 self.on_epoch_end(self.epoch - 1, self)
             self.student.eval()
             self.generator.train()
-            self._captured = {}  # it may have put other tensors in place
+            if self._captured and self._memory() != before:
+                self._captured = {}  # it has put other tensors in place, or lets others learn
         if self._directory is not None and self.epoch < recipe.epochs and time.monotonic() >= self._checkpoint_due:
             resume_state.save(self, self._directory / CHECKPOINT)
             self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
+
+    def _memory(self) -> list[tuple[int, bool]]:
+        """Where the tensors lie that a recorded step reads and writes, and which of them learn."""
+        if not self._captured:
+            return []
+        game = self.game
+        models = (game.teacher, game.student, self.generator, *((game.averaged,) if game.averaged is not None else ()))
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        for optimizer in (self.optimizer_generator, self.optimizer_student, self.optimizer_steps):
+            if optimizer is not None:
+                values = [value for state in optimizer.state.values() for value in state.values()]
+                values += [group["lr"] for group in optimizer.param_groups]
+                tensors += [value for value in values if isinstance(value, Tensor)]
+        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in (*tensors, *self.log_steps)]
 
     def _freeze(self) -> None:
         """Freeze every range; quantisers the forward pass never reaches have none and need none."""

@@ -4,7 +4,6 @@ judge, routes, plot, readme, results, list."""
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,9 @@ _timing = _options(
 )
 _resume = click.option(
     "--resume", is_flag=True, help="Keep what --json FILE holds already, measured alike here at this commit."
+)
+_case_limit = click.option(
+    "--case-limit", type=click.FloatRange(0), metavar="SECONDS", help="End the command within a case that takes longer."
 )
 _dry_run = click.option("--dry-run", is_flag=True, hidden=True, help="Only look whether the other options fit.")
 _selection = _options(
@@ -122,6 +124,7 @@ def _select(
 @click.option("--kernels-only", is_flag=True, help="Only cases that a backend other than the reference serves.")
 @click.option("--limit", type=click.FloatRange(0), help="Begin no case after so many seconds; the file says which.")
 @click.option("--huge-pages", is_flag=True, help="Huge pages under every provider's new tensors (Linux, CPU).")
+@_case_limit
 @_resume
 @_dry_run
 def ops(
@@ -137,6 +140,7 @@ def ops(
     kernels_only: bool,
     limit: float | None,
     huge_pages: bool,
+    case_limit: float | None,
     resume: bool,
     dry_run: bool,
 ) -> None:
@@ -150,6 +154,7 @@ def ops(
     from benchmarks.huge_pages import for_everybody
     from benchmarks.ops import run_case
     from benchmarks.report import judged_text, rows_text
+    from benchmarks.turns import in_turn
 
     if dry_run:  # on a machine without the device, too, and so without our backends for it
         others = tuple(name for name in providers if not name.startswith("adadfq")) or ("*",)
@@ -169,50 +174,56 @@ def ops(
         "seconds": seconds,
     }
     content = store.document("ops", environment, options)
-    done = _begin(json_path, content, resume)
+    done, last = _begin(json_path, content, resume)
     click.echo(machine(environment))
     if environment["native_matches_sources"] is False:
         click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
-    start = time.monotonic()
-    chosen = [case for case in chosen if case.name not in done]
-    for i, case in enumerate(chosen):
-        if limit is not None and time.monotonic() - start > limit:
-            content["left_out"] = [later.name for later in chosen[i:]]
-            break
+    waiting = {case.name: case for case in chosen if case.name not in done}
+
+    def play(case: Any) -> None:
         rows = run_case(case, device, environment, providers, rounds, seconds)
         content["rows"] += rows
-        click.echo(f"\n[{i + 1}/{len(chosen)}] {rows_text(rows)}")
-        if json_path is not None:
-            store.write(json_path, content)  # what was measured outlives an interrupt
-    if json_path is not None:
-        store.write(json_path, content)
+        place = 1 + len(waiting) - len(content["left_out"])
+        click.echo(f"\n[{place}/{len(waiting)}] {rows_text(rows)}")
+
+    in_turn(waiting, play, content, _writer(json_path, content), last, limit, case_limit)
     table = routes.current() if device.type == routes.DEVICE_TYPE else None
     if judged := judged_text(ratios.judge(content["rows"], content["left_out"], table=table)):
         click.echo(f"\n{judged}")
     if content["left_out"]:
-        click.echo(f"the time was up: {len(content['left_out'])} of {len(chosen)} cases were not run", err=True)
+        click.echo(f"the time was up: {len(content['left_out'])} of {len(waiting)} cases were not run", err=True)
     _exit_if_wrong(content["rows"])
 
 
-def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> set[str]:
-    """Find out now whether the file can be written; the cases that it holds, and `content` then too, with `resume`.
+def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> tuple[set[str], str | None]:
+    """Find out now whether the file can be written; with `resume`, `content` then has the rows that it holds.
 
     A file that cannot be gone on with is kept under another name.
+
+    Returns:
+        The cases that the file holds, and the one within which its command was cut off.
     """
     from benchmarks import store
 
     if json_path is None:
         if resume:
             raise click.UsageError("--resume goes on with a file: name it with --json")
-        return set()
+        return set(), None
+    last = None
     if resume:
-        content["rows"], reason = store.rows_to_go_on_from(json_path, content)
+        content["rows"], last, reason = store.to_go_on_from(json_path, content)
         if reason is not None:
             kept = json_path.with_name(f"{json_path.name}.old")
             json_path.replace(kept)
             click.echo(f"begun anew: {reason}; what was there is in {kept.name}", err=True)
     store.write(json_path, content)
-    return {row["case"] for row in content["rows"]}
+    return {row["case"] for row in content["rows"]}, last
+
+
+def _writer(json_path: Path | None, content: dict[str, Any]) -> Callable[[], None]:
+    from benchmarks import store
+
+    return lambda: None if json_path is None else store.write(json_path, content)
 
 
 def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
@@ -261,6 +272,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     metavar="FILE",
     help="Write a Chrome trace of one step of this project's instead.",
 )
+@_case_limit
 @_resume
 @_dry_run
 def step(
@@ -276,6 +288,7 @@ def step(
     authors: Path | None,
     by_size: bool,
     profile: Path | None,
+    case_limit: float | None,
     resume: bool,
     dry_run: bool,
     **others: Any,
@@ -288,6 +301,7 @@ def step(
     from benchmarks.environment import describe, machine, pick_device
     from benchmarks.report import step_text
     from benchmarks.step import chosen, run_step, write_trace
+    from benchmarks.turns import in_turn
 
     settings = contest.settings(suite, models, batch_sizes, **others)
     chosen(providers)
@@ -312,11 +326,11 @@ def step(
         "seconds": seconds,
     }
     content = store.document("step", environment, options)
-    done = _begin(json_path, content, resume)
+    done, last = _begin(json_path, content, resume)
     click.echo(machine(environment))
-    for setting in settings:
-        if setting.case() in done:
-            continue
+    waiting = {setting.case(): setting for setting in settings if setting.case() not in done}
+
+    def play(setting: contest.Setting) -> None:
         if by_size:
             rows = scaling.run_scaling(setting, device, environment, rounds, seconds)
             click.echo(f"\n{step_text(rows)}\n{scaling.scaling_text(rows)}")
@@ -324,8 +338,8 @@ def step(
             rows = run_step(setting, device, environment, rounds, seconds, authors, providers)
             click.echo(f"\n{step_text(rows)}")
         content["rows"] += rows
-        if json_path is not None:
-            store.write(json_path, content)  # what was measured outlives an interrupt
+
+    in_turn(waiting, play, content, _writer(json_path, content), last, case_limit=case_limit)
     _exit_if_wrong(content["rows"])
 
 

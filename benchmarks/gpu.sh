@@ -23,8 +23,9 @@
 # --fresh forgets the stamps, but no rows of files; --from and --only run their stages whatever the stamps say. With
 # --seconds the command begins no stage whose limit does not fit into what is left of them, but gives one that can go on
 # later what is left. A stage that takes longer than its limit fails; what it measured stays in its file, and the same
-# command goes on from there, a training of this project's from its last checkpoint: run it until it says that all
-# stages are done. Outside of git, sources are known by a digest.
+# command goes on from there: a training of this project's from its last checkpoint, cases with those that were not yet
+# begun, so that one that hangs or loses the device is the last. Run it until it says that all stages are done. Outside
+# of git, sources are known by a digest.
 # Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.
@@ -158,7 +159,7 @@ run_sanitizer() {
 run_bench() {
   # Only what a CUDA or Triton kernel serves: the rest would time the reference against itself.
   run --dry-run "$python" -m benchmarks ops --device cuda --suite gpu --kernels-only --rounds 21 --seconds 0.5 \
-    --resume --limit 140 --json "$results/ops-cuda.json"
+    --resume --limit 140 --case-limit 60 --json "$results/ops-cuda.json"
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
   run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
   run --dry-run "$python" -m benchmarks step --device cuda --providers plain,adadfq,adadfq-bf16 --rounds 21 --seconds 10 \
@@ -179,13 +180,13 @@ run_ceilings() {
 
 run_predicted() {
   run --dry-run "$python" -m benchmarks ops --device cuda --suite predicted --kernels-only --providers "adadfq*" \
-    --rounds 21 --seconds 0.5 --resume --limit 480 --json "$results/ops-predicted-cuda.json"
+    --rounds 21 --seconds 0.5 --resume --limit 480 --case-limit 60 --json "$results/ops-predicted-cuda.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-predicted-cuda.json" || return "$partial"
 }
 
 run_judged() {
   run --dry-run "$python" -m benchmarks ops --device cuda --suite judged --rounds 21 --seconds 0.5 --resume --limit 480 \
-    --json "$results/ops-judged-cuda.json"
+    --case-limit 60 --json "$results/ops-judged-cuda.json"
   run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" "$results/ops-judged-cuda.json" \
     --out "$results/routes.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-judged-cuda.json" || return "$partial"
@@ -221,7 +222,7 @@ run_step() {
   local others=() cases=(--suite gpu --rounds 21 --seconds 10)
   [ -z "${AUTHORS:-}" ] || others=(--authors "$AUTHORS")
   [ -z "$toy" ] || cases=(--threads 2 --providers adadfq --rounds 5 --seconds 0) # smaller steps agree less
-  run --dry-run "$python" -m benchmarks step --device "$device" "${cases[@]}" --resume \
+  run --dry-run "$python" -m benchmarks step --device "$device" "${cases[@]}" --resume --case-limit 300 \
     "${others[@]}" --json "$results/step-all-$device.json"
 }
 

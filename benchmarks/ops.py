@@ -11,6 +11,7 @@ from benchmarks import memory, problems, providers, timing
 from benchmarks.cases import Case
 from benchmarks.check import Oracle
 from benchmarks.providers import CLONE, COPY, Provider
+from benchmarks.turns import check_device
 
 
 def run_case(
@@ -38,7 +39,10 @@ def measure_case(
     """Check the providers, time those that are right, and measure their memory."""
     device = problem.args[0].device
     oracle = Oracle(problem, case.pass_)
-    verdicts = {provider.name: verdict(provider, oracle) for provider in built}
+    verdicts = {}
+    for provider in built:
+        verdicts[provider.name] = verdict(provider, oracle)
+        check_device(device, f"{provider.name} on {case.name}")
     del oracle
     right = [provider for provider in built if verdicts[provider.name][0] == "ok"]
     samples = timing.measure(right, device, rounds, seconds)
@@ -102,6 +106,8 @@ def verdict(provider: Provider, oracle: Oracle) -> tuple[str, str | None]:
         with provider.active():
             got = provider.results()
             provider.call()
+            if got[0].is_cuda:  # what a kernel does wrong is told by a later call
+                torch.cuda.synchronize()
     except Exception as error:  # whatever a rival raises, its row says so and the others go on
         reason = f"{type(error).__name__}: {_first_line(error)}"
         # Our own are listed only where they say that they can serve the case.

@@ -295,24 +295,27 @@ def reason_against(before: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
     return None
 
 
-def rows_to_go_on_from(path: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of the file at `path` where it was begun as `content` is, on such a machine at the same clean commit.
+def to_go_on_from(path: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None, str | None]:
+    """What the file at `path` holds, where it was begun as `content` is, on such a machine at the same clean commit.
 
-    Otherwise none, and why: what is measured then is all measured alike. Of cases with a row that is not right none
-    either: they are measured again.
+    Returns:
+        Its rows, but none of a case with one that is not right: it is measured again; the case within which its command
+        was cut off, if it was; and why there is nothing to go on from, if there is not: what is measured then is all
+        measured alike.
 
     Raises:
         InvalidInputError: there is a file, and it is none of results.
     """
     if not path.exists():
-        return [], None
+        return [], None, None
     before, here = read(path), content["environment"]
     different = [part for part in ("kind", "options") if before[part] != content[part]]
     reason = f"it differs in {', '.join(different)}" if different else reason_against(before["environment"], here)
     if reason is not None:
-        return [], reason
+        return [], None, reason
     wrong = {row["case"] for row in before["rows"] if row["status"] == "wrong"}
-    return [row for row in before["rows"] if row["case"] not in wrong], None
+    rows = [row for row in before["rows"] if row["case"] not in wrong]
+    return rows, next(iter(before["left_out"]), None), None
 
 
 @contextmanager

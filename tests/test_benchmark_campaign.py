@@ -164,11 +164,11 @@ def test_changed_files_are_measured_anew(tmp_path: Path) -> None:
     environment = {**describe(CPU), "git_commit": "c0ffee", "git_dirty": True}
     content = store.document("ops", environment, {})
     store.write(tmp_path / "o.json", content)
-    rows, reason = store.rows_to_go_on_from(tmp_path / "o.json", content)
-    assert rows == [] and reason == "files are changed, or nobody knows the commit"
+    rows, last, reason = store.to_go_on_from(tmp_path / "o.json", content)
+    assert rows == [] and last is None and reason == "files are changed, or nobody knows the commit"
     (tmp_path / "o.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(InvalidInputError, match="is not a file of results"):
-        store.rows_to_go_on_from(tmp_path / "o.json", content)
+        store.to_go_on_from(tmp_path / "o.json", content)
 
 
 def test_predictions_stand_beside_times() -> None:

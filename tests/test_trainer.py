@@ -7,6 +7,7 @@ import itertools
 import json
 import signal
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -383,6 +384,58 @@ def test_an_interrupted_run_is_usable_and_goes_on_to_the_same_result(tmp_path: P
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(12))
+
+
+def _do_nothing(trainer: adadfq.Trainer) -> None:
+    trainer.student(torch.randn(2, 3, 8, 8))
+    trainer.student.train()
+
+
+def _replace_a_weight(trainer: adadfq.Trainer) -> None:
+    trainer.student.conv1.weight.data = trainer.student.conv1.weight.data.clone()
+
+
+def _replace_a_teachers_buffer(trainer: adadfq.Trainer) -> None:
+    trainer.teacher.bn1.running_mean = trainer.teacher.bn1.running_mean.clone()
+
+
+def _fix_a_weight(trainer: adadfq.Trainer) -> None:
+    trainer.student.conv1.weight.requires_grad_(False)
+
+
+def _load_an_optimizer(trainer: adadfq.Trainer) -> None:
+    trainer.optimizer_generator.load_state_dict(copy.deepcopy(trainer.optimizer_generator.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("change", "recorded"),
+    [
+        (_do_nothing, 2),  # warm-up, training
+        (_replace_a_weight, 3),
+        (_replace_a_teachers_buffer, 3),
+        (_fix_a_weight, 3),
+        (_load_an_optimizer, 3),
+    ],
+)
+def test_a_recorded_step_outlives_an_epochs_end_that_leaves_its_tensors(
+    monkeypatch: pytest.MonkeyPatch, change: Any, recorded: int
+) -> None:
+    steps = []
+
+    class Recorded:
+        def __init__(self, step: Any, device: torch.device, random: torch.Generator) -> None:
+            self.step = step
+            steps.append(step)
+
+        def __call__(self) -> torch.Tensor:
+            return self.step()
+
+    monkeypatch.setattr(training, "CapturedStep", Recorded)
+    trainer = _trainer(epochs=4, warmup_epochs=1, calibration_epochs=1)
+    trainer.capture = True
+    trainer.on_epoch_end = lambda epoch, trainer: change(trainer) if epoch == 2 else None
+    trainer.fit()
+    assert len(steps) == recorded
 
 
 def test_a_checkpoint_is_written_seconds_after_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
