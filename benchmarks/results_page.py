@@ -13,6 +13,7 @@ from benchmarks import results_statistics as statistics
 from benchmarks.accuracy import Row, Summary, summarize
 from benchmarks.accuracy_report import accuracy_text, group_label, percent
 from benchmarks.environment import machine
+from benchmarks.studies import STUDIES
 from benchmarks.tables import markdown_table, number
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,8 @@ by top-1. Differences are ± their standard error over the seeds of both. Times 
 scoring; on a CPU they are CPU time, which whatever else ran has no part in. A command trains what its file does
 not hold yet: where it names more seeds or settings than a table shows, those have not been run.
 """
+#: Standard errors of a difference that chance alone seldom makes.
+ERRORS = 2
 #: Fewer say nothing of a signal.
 LEAST_RUNS = 3
 _PLOTS = {
@@ -156,11 +159,8 @@ def _line(group: Summary, others: Sequence[Summary]) -> list[str]:
     gap, rival = statistics.gap(group), statistics.rival(group, others)
     theirs = None if rival is None else statistics.gap(rival)
     share = f"{gap / theirs:.2f}" if gap is not None and theirs is not None and theirs > 0 else "-"
-    label = group_label(group)
-    if sum(group_label(other) == label and statistics.alike(other, group) for other in others) > 1:
-        label += f" ({group.rows[0]['recipe_digest'][:6]})"  # the recipe has changed in between
     return [
-        label,
+        _label(group, others),
         str(len(group.accuracies) + group.diverged),
         accuracy_text(group, "±"),
         percent(gap),
@@ -170,6 +170,13 @@ def _line(group: Summary, others: Sequence[Summary]) -> list[str]:
         str(group.steps),
         number(group.average(statistics.seconds)),
     ]
+
+
+def _label(group: Summary, others: Sequence[Summary]) -> str:
+    label = group_label(group)
+    if sum(group_label(other) == label and statistics.alike(other, group) for other in others) > 1:
+        label += f" ({group.rows[0]['recipe_digest'][:6]})"  # the recipe has changed in between
+    return label
 
 
 def _reached(group: Summary, others: Sequence[Summary]) -> str | None:
@@ -182,8 +189,8 @@ def _reached(group: Summary, others: Sequence[Summary]) -> str | None:
         return None
     clock = {"epoch_cpu_seconds": "processor time", "epoch_seconds": "wall time"}[statistics.clock(group.rows[0])]
     return (
-        f"{group_label(group)} has the authors' last accuracy ({rival.mean:.2f}) after {100 * ours / theirs:.0f} % of "
-        f"their {clock}."
+        f"{_label(group, others)} has the authors' last accuracy ({rival.mean:.2f}) after {100 * ours / theirs:.0f} % "
+        f"of their {clock}."
     )
 
 
@@ -193,7 +200,10 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
         return []
     everything = [*summarize(held["rows"]), *summarize(rows)]
     names = groups.Names(rows)
-    parts = [f"## {path.stem.removeprefix('accuracy-').replace('-', ' ').capitalize()}"]
+    study = path.stem.removeprefix("accuracy-")
+    parts = [f"## {study.replace('-', ' ').capitalize()}"]
+    if study in STUDIES:
+        parts.append(STUDIES[study].question)
     header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "against the base"]
     header += ["held-out loss", "against the base", "mean H'", "steps"]
     for found in groups.grouped(held["rows"], statistics.same_base).values():
@@ -208,8 +218,28 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
         with_ = f" with `{shared}`" if shared else ""
         parts.append(f"{first['player']}, {names.network(first)}, recipe `{first['recipe']}`{with_}:")
         parts.append(markdown_table(header, [_ablation_line(group, base) for group in lines]))
+        parts += _verdict(lines, base)
     pictures = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(held)]
     return [*parts, *pictures, f"{machine(held['environment'])} (`benchmarks/results/{path.name}`)", *_commands([held])]
+
+
+def _verdict(shown: Sequence[Summary], base: Summary | None) -> list[str]:
+    """Which settings differ from the base by more than its seeds do; nothing where too few have run."""
+    if base is None:
+        return []
+    known = []
+    for group in shown:
+        found = None if statistics.same(base, group) else statistics.difference(group, base)
+        if found is not None and found[1] is not None:
+            known.append((group, found[0], found[1]))
+    if not known:
+        return []
+    beyond = [f"`{group.label}` ({by:+.2f})" for group, by, error in known if abs(by) > ERRORS * error]
+    least = min(len(group.accuracies) for group in (base, *(group for group, _, _ in known)))
+    return [
+        f"Of the settings with {least} seeds or more, top-1 of {', '.join(beyond) or 'none'} is more than {ERRORS} "
+        "standard errors from the base's."
+    ]
 
 
 def _varied(held: dict[str, Any]) -> list[Row]:

@@ -333,6 +333,23 @@ def test_what_training_spoilt_is_marked() -> None:
     assert "| `gamma=2.0` | 1 | 51.00 |" in text
 
 
+def test_what_differs_by_more_than_seeds_do_is_named() -> None:
+    def page(**values: tuple[float, ...]) -> str:
+        rows = [row(value, seed) for seed, value in enumerate(values.pop("base"), 1)]
+        for name, found in values.items():
+            rows += [varied(value, seed, gamma=float(name[1:])) for seed, value in enumerate(found, 1)]
+        return results_page.content({Path("accuracy-options.json"): content(*rows)})
+
+    text = page(base=(80.0, 81.0), g2=(84.0, 84.5), g3=(81.0, 82.0), g4=(76.0, 76.5), g5=(90.0,))
+    assert (
+        "Of the settings with 2 seeds or more, top-1 of `gamma=2.0` (+3.75), `gamma=4.0` (-4.25) is more than 2 "
+        "standard errors from the base's."
+    ) in text
+    assert "What is each option beyond the paper worth alone?" in text
+    assert "top-1 of none is more than 2" in page(base=(80.0, 81.0), g2=(80.0, 82.0))
+    assert "standard errors from" not in page(base=(80.0,), g2=(84.0,))
+
+
 def test_a_label_leaves_out_what_the_teachers_input_is() -> None:
     rows = [row(80.0, settings={"epochs": 10, "mean": [0.5], "std": [0.2]})]
     (summary,) = summarize(rows)
