@@ -783,17 +783,20 @@ def plot(results: Path, folder: Path | None) -> None:
 
 
 @main.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit with 1 where README or a plot is stale.")
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 where a table or a plot is stale.")
 def readme(check: bool) -> None:
-    """Write README's tables and the plots from benchmarks/results/*.json."""
-    from benchmarks import readme as page
+    """Write the tables of docs/speed.md and README.md, and the plots, from benchmarks/results/*.json."""
+    from benchmarks.readme import PAGES, stale, update
 
     if not check:
-        for path in page.update():
-            click.echo(path.name)
-    elif reasons := page.stale():
-        for reason in reasons:
-            click.echo(f"{reason}: run 'python -m benchmarks readme'", err=True)
+        for page, block in PAGES.items():
+            for path in update(page, block=block):
+                click.echo(path.name)
+        return
+    reasons = [reason for page, block in PAGES.items() for reason in stale(page, block=block)]
+    for reason in dict.fromkeys(reasons):
+        click.echo(f"{reason}: run 'python -m benchmarks readme'", err=True)
+    if reasons:
         sys.exit(EXIT_WRONG)
 
 

@@ -1,50 +1,53 @@
-"""README's tables and plots, from the stored files and nothing else."""
+"""The tables of docs/speed.md and README.md, and the plots, from the stored files and nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from adadfq import files
 from adadfq.errors import InvalidInputError
 from benchmarks import plot, store
-from benchmarks.report import BEGIN, END, readme_block
+from benchmarks.report import BEGIN, END, readme_block, speed_block
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+Block = Callable[[Sequence[tuple[Path, dict[str, Any]]]], str]
+#: What is written where.
+PAGES: dict[Path, Block] = {ROOT / "docs" / "speed.md": speed_block, ROOT / "README.md": readme_block}
 RESULTS = ROOT / "benchmarks" / "results"
 #: What gpu.sh makes there of the operators' times.
 ROUTES = "routes.json"
 
 
-def update(readme: Path = README, results: Path = RESULTS) -> list[Path]:
-    """Rewrite the part of `readme` between the markers and the plots of every file in `results`; returns what changed.
+def update(page: Path, results: Path = RESULTS, block: Block = speed_block) -> list[Path]:
+    """Rewrite the part of `page` between the markers and the plots of every file in `results`; returns what changed.
 
     Raises:
         InvalidInputError: a marker is missing, or a file of results is not valid or not to be published.
     """
     stored = _stored(results)
-    text = readme.read_text(encoding="utf-8")
-    block = _replaced(text, readme_block(stored), readme)
+    before = page.read_text(encoding="utf-8")
+    text = _replaced(before, block(stored), page)
     written = []
     for path, content in stored:
-        before = {image: image.read_bytes() for image in _plots(path, content) if image.is_file()}
+        images = {image: image.read_bytes() for image in _plots(path, content) if image.is_file()}
         if plot.names(content):
-            written += [new for new in plot.plot(content, path.stem, results) if before.get(new) != new.read_bytes()]
-    if block != text:
-        with files.atomic_write(readme) as temporary:
-            temporary.write_text(block, encoding="utf-8")
-        written.append(readme)
+            written += [new for new in plot.plot(content, path.stem, results) if images.get(new) != new.read_bytes()]
+    if text != before:
+        with files.atomic_write(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        written.append(page)
     return written
 
 
-def stale(readme: Path = README, results: Path = RESULTS) -> list[str]:
+def stale(page: Path, results: Path = RESULTS, block: Block = speed_block) -> list[str]:
     """What `update` would change or is missing; empty where nothing is."""
     stored = _stored(results)
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     reasons = []
-    if _replaced(text, readme_block(stored), readme) != text:
-        reasons.append(f"{readme.name} does not show the stored results")
+    if _replaced(text, block(stored), page) != text:
+        reasons.append(f"{page.name} does not show the stored results")
     for path, content in stored:
         digest = plot.digest(content).encode()
         for image in _plots(path, content):
@@ -79,9 +82,9 @@ def _is_native(content: dict[str, Any]) -> bool:
     return content["kind"] != "predictions" or any(row["backend"] == "cuda" for row in content["rows"])
 
 
-def _replaced(text: str, block: str, readme: Path) -> str:
+def _replaced(text: str, block: str, page: Path) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise InvalidInputError(f"{readme.name} must hold {BEGIN} and, after it, {END}: put them where the tables go")
+        raise InvalidInputError(f"{page.name} must hold {BEGIN} and, after it, {END}: put them where the tables go")
     return before + block + after

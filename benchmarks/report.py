@@ -1,4 +1,4 @@
-"""Results as text: for the terminal, and for the README."""
+"""Results as text: for the terminal, for README.md and for docs/speed.md."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def compare_text(comparison: Comparison, first: str, second: str) -> str:
     return "\n".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------- README
+# ----------------------------------------------------------------------------------------- README and docs/speed.md
 # Times of a CPU say more about the machine, and who else is on it, than about the code: published are ratios only.
 
 #: Whose kernels' resources are shown.
@@ -189,9 +189,26 @@ _NOTHING = (
 
 
 def readme_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
-    """What README.md holds between :data:`BEGIN` and :data:`END`, the markers included."""
+    """What README.md holds between :data:`BEGIN` and :data:`END`, the markers included: measured steps at a glance."""
+    parts = []
+    for path, content in stored:
+        if (
+            content["kind"] == "step"
+            and not content["options"].get("scaling")
+            and (tables := _step_tables(content["rows"]))
+        ):
+            parts += [_title(path, content["environment"]), tables[0]]
+    return "\n\n".join([BEGIN, *(parts or [_NOTHING]), END])
+
+
+def speed_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """What docs/speed.md holds between the markers: every stored file."""
     parts = [_file_block(path, content) for path, content in stored]
-    return "\n\n".join([BEGIN, *(["### Speed", *parts] if parts else [_NOTHING]), END])
+    return "\n\n".join([BEGIN, *(parts or [_NOTHING]), END])
+
+
+def _title(path: Path, environment: dict[str, Any]) -> str:
+    return f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
 
 
 def _file_block(path: Path, content: dict[str, Any]) -> str:
@@ -203,7 +220,7 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
         return predictions_block(path, content)
     if content["kind"] == "resources":
         return _resources_block(path, content)
-    title = f"**{machine(environment)}** (`benchmarks/results/{path.name}`)"
+    title = _title(path, environment)
     texts = {"ceilings": ceilings_text, "equality": equality_text, "endurance": endurance_text}
     if (text := texts.get(content["kind"])) is not None:
         return "\n\n".join([title, f"```\n{text(rows)}\n```"])
@@ -229,7 +246,7 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
 
 
 def _images(path: Path, content: dict[str, Any]) -> list[str]:
-    links = [f"![{name}](benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(content)]
+    links = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(content)]
     return ["\n".join(links)] if links else []
 
 

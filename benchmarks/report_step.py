@@ -1,4 +1,4 @@
-"""Predicted steps as text: for the terminal, and for the README."""
+"""Predicted steps as text: for the terminal, and for docs/speed.md."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def statements(rows: Iterable[Row]) -> list[str]:
 
 
 def predictions_block(path: Path, content: Row) -> str:
-    """For the README: totals, this project's parts at the authors' batch size, and what follows."""
+    """For docs/speed.md: totals, this project's parts at the authors' batch size, and what follows."""
     rows, environment = content["rows"], content["environment"]
     gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
     title = f"**A step on an {gpus}: predicted, not yet run on a GPU** (`benchmarks/results/{path.name}`), from what it"

@@ -87,9 +87,13 @@ def test_step(environment: dict[str, Any], tmp_path: Path) -> None:
     assert [row["backend"] for row in content["rows"]] == [None, "cpu", "reference"]
     pytest.importorskip("matplotlib")
     assert [path.name for path in plot.plot(content, "step", tmp_path)] == ["step-step.png"]
-    text = readme.readme_block([(Path("step.json"), content)])
+    text = readme.speed_block([(Path("step.json"), content)])
     assert "against plain" in text and " ms " not in text and "images/s" not in text
-    assert "where its time goes" in text and "step-step.png" in text
+    assert "where its time goes" in text and "](../benchmarks/results/step-step.png)" in text
+    short = readme.readme_block([(Path("ops.json"), {"kind": "ops"}), (Path("step.json"), content)])
+    assert "against plain" in short and "where its time goes" not in short and "ops.json" not in short
+    scaling = {**content, "options": {"scaling": True}}
+    assert "Nothing measured yet" in readme.readme_block([(Path("step.json"), scaling)])
 
 
 def test_every_other_player_is_held_to_the_reference(
@@ -415,7 +419,7 @@ def test_scaling(environment: dict[str, Any], tmp_path: Path) -> None:
     content = store.document("step", environment, {"scaling": True}) | {"rows": rows}
     pytest.importorskip("matplotlib")
     assert [path.name for path in plot.plot(content, "s", tmp_path)] == ["s-scaling.png"]
-    assert "s-scaling.png" in (block := readme.readme_block([(Path("s.json"), content)])) and "r^2" in block
+    assert "s-scaling.png" in (block := readme.speed_block([(Path("s.json"), content)])) and "r^2" in block
 
 
 # ------------------------------------------------------------------------------------------------- commands and files

@@ -693,7 +693,7 @@ def test_each_device_has_its_table(measured: Path) -> None:
     assert ratios.criteria("cpu") is ratios.CRITERIA
     content = store.read(measured)
     content |= {"rows": on_gpu, "environment": content["environment"] | {"device": "cuda"}}
-    assert "margin_loss, value and gradients: eager | 10x | 20x | 1 of 1" in readme.readme_block([(Path("a"), content)])
+    assert "margin_loss, value and gradients: eager | 10x | 20x | 1 of 1" in readme.speed_block([(Path("a"), content)])
 
 
 def on_a_gpu(case: Case, times: dict[str, float], like: Path) -> list[dict[str, Any]]:
@@ -820,7 +820,7 @@ def test_readme_names_who_has_no_time(measured: Path) -> None:
     empty = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "gb_per_s", "fraction_of_copy", "fraction_of_clone"))
     for row, status in zip(content["rows"], ("wrong", "unavailable"), strict=False):
         row |= empty | {"status": status, "error": "reason"}
-    text = readme.readme_block([(Path("ops.json"), content)])
+    text = readme.speed_block([(Path("ops.json"), content)])
     first, second = content["rows"][:2]
     assert f"without a time: {first['provider']} on `{first['case']}`" in text
     assert f"Could not be run: {second['provider']} on `{second['case']}`" in text
@@ -828,14 +828,14 @@ def test_readme_names_who_has_no_time(measured: Path) -> None:
 
 def test_no_times_of_a_cpu_are_published(measured: Path) -> None:
     content = store.read(measured)
-    text = readme.readme_block([(Path("ops.json"), content)])
+    text = readme.speed_block([(Path("ops.json"), content)])
     assert "in `x * 1` of the same pass" in text and "us |" not in text
     for row in content["rows"]:  # a machine twice as slow has the same tables
         times = ("p20_ms", "p50_ms", "p80_ms")
         row |= {key: None if row[key] is None else 2 * row[key] for key in times}
-    assert readme.readme_block([(Path("ops.json"), content)]) == text
+    assert readme.speed_block([(Path("ops.json"), content)]) == text
     on_gpu = content | {"rows": [row | {"device": "cuda"} for row in content["rows"]]}
-    assert "no data, us |" in readme.readme_block([(Path("ops.json"), on_gpu)])
+    assert "no data, us |" in readme.speed_block([(Path("ops.json"), on_gpu)])
 
 
 def test_plots(measured: Path, tmp_path: Path) -> None:
@@ -893,7 +893,7 @@ def test_readme_is_made_from_the_stored_files(measured: Path, tmp_path: Path) ->
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert machine(store.read(measured)["environment"]) in text and "`margin_loss` forward + backward" in text
-    assert "](benchmarks/results/ops-speedup.png)" in text
+    assert "](../benchmarks/results/ops-speedup.png)" in text
     assert "`benchmarks/results/ops.json`): stock allocator" in text
     assert readme.stale(page, results) == []
     assert readme.update(page, results) == []
@@ -931,9 +931,9 @@ def test_readme_shows_what_is_stored() -> None:
 
 
 def test_readme_is_checked_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "stale", lambda: ["README.md does not show the stored results"])
+    monkeypatch.setattr(readme, "stale", lambda page, block: ["ops.png is missing"])
     result = run("readme", "--check")
-    assert result.exit_code == 1 and "python -m benchmarks readme" in result.output
+    assert result.exit_code == 1 and result.output.count("ops.png is missing: run 'python -m benchmarks readme'") == 1
 
 
 # -------------------------------------------------------------------------------------------------------- commands

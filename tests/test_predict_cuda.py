@@ -224,7 +224,7 @@ def test_predictions(module: Path, tmp_path: Path) -> None:
     # One channel needs no channel found for every 16 bytes, and a thread of columns keeps its channels.
     assert each["per_tensor", "contiguous"] == each["per_tensor", "channels_last"] < each["per_channel", "contiguous"]
     assert each["per_channel", "channels_last"] < each["per_channel", "contiguous"]
-    page = report.readme_block([(path, content)])
+    page = report.speed_block([(path, content)])
     assert "| cuda | `fake_quantize` per_tensor forward | 2 | 1 |" in page
     assert "predicted, not yet run on a GPU" in page and "from the machine code of nvcc" in page
 

@@ -192,7 +192,7 @@ def test_readme_shows_a_family_in_a_row(module: Path, tmp_path: Path) -> None:
     note = "Of 3 variants for sm_90, sm_100, 1 with spills or local memory: `fake_quantize_kernel<float, 4, true>`."
     assert note in text
     content["rows"] = [row for row in content["rows"] if row["arch"] == "sm_100"]
-    text = report.readme_block([(path, content)])
+    text = report.speed_block([(path, content)])
     assert "CUDA kernels for sm_100" in text and "Of 1 variants for sm_100, none with spills or local memory." in text
 
 
