@@ -390,7 +390,8 @@ def accuracy(
     --study names a grid (benchmarks/studies.py); --recipe, --bits and --set then change it.
 
     The file is written after every run. Runs that it holds already are not repeated, and a run that was cut off goes on
-    from its last checkpoint (--authors: begins anew): repeat the command. Several processes may work on one file.
+    from its last checkpoint (--authors: begins anew): repeat the command. Several processes may work on one file. A run
+    that another file in the folder holds is taken from there.
     """
     from benchmarks import store
     from benchmarks.accuracy import check_grid, key, train_grid
@@ -428,7 +429,14 @@ def accuracy(
             rows[:] = store.merge(json_path, {**content, "rows": rows}, key)["rows"]  # and what others did meanwhile
         return rows
 
-    for row in train_grid(grid, weights, data, environment, stored, authors, folder, click.echo):
+    def elsewhere(wanted: str) -> dict[str, Any] | None:
+        for path in sorted(folder.glob("*.json")) if folder is not None else ():
+            if path != json_path and (found := store.accuracy_row(path, key, wanted)) is not None:
+                click.echo(f"from {path.name}:")
+                return found
+        return None
+
+    for row in train_grid(grid, weights, data, environment, stored, authors, folder, click.echo, elsewhere):
         rows.append(row)
         click.echo(run_text(row))
         stored()

@@ -83,6 +83,7 @@ def train_grid(
     authors: Path | None = None,
     folder: Path | None = None,
     say: Callable[[str], None] = print,
+    elsewhere: Callable[[str], Row | None] = lambda _: None,
 ) -> Iterator[Row]:
     """Train what is not among `done`; a row a run, see :data:`benchmarks.store.FIELDS`, as soon as it is there.
 
@@ -92,6 +93,7 @@ def train_grid(
         folder: where held-out images and this project's unfinished runs are kept for the next call, and runs are told
             from those that other processes have begun (:mod:`benchmarks.unfinished`); None: nowhere.
         say: is told what takes time before the first row.
+        elsewhere: gives the row of a :func:`key` that another grid has trained: grids share their bases.
 
     Raises:
         InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting.
@@ -134,6 +136,9 @@ def train_grid(
             **environment,
         }
         if is_done(row):
+            continue
+        if (other := elsewhere(key(row))) is not None:
+            yield other | {"variant": run.variant, "base_digest": run.base_digest}
             continue
         place = None
         if folder is not None:

@@ -318,6 +318,16 @@ def to_go_on_from(path: Path, content: dict[str, Any]) -> tuple[list[dict[str, A
     return rows, next(iter(before["left_out"]), None), None
 
 
+def accuracy_row(path: Path, key: Callable[[dict[str, Any]], str], wanted: str) -> dict[str, Any] | None:
+    """The row with that key of a file of accuracies; None where it has none, or is another file."""
+    try:
+        content = read(path)
+    except InvalidInputError:
+        return None
+    rows = content["rows"] if content["kind"] == "accuracy" else ()
+    return next((row for row in rows if key(row) == wanted), None)
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Alone among the processes that do the same; a process that ends lets go, however it ends."""

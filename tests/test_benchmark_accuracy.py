@@ -294,6 +294,25 @@ def test_two_processes_write_one_file(trained: Path, files: Path, tmp_path: Path
     assert built == [1] and [row["seed"] for row in store.read(path)["rows"]] == [2, 77, 1]
 
 
+def test_a_run_of_another_grid_is_taken_over(trained: Path, files: Path, tmp_path: Path) -> None:
+    """Its row says what it is in this grid."""
+    (tmp_path / "precision.json").write_bytes(trained.read_bytes())
+    (tmp_path / "other.json").write_text("{}")
+    path = tmp_path / "grid.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adadfq, "Trainer", None)  # nothing is trained
+        done = run(files, path, "--set", "lr_student=0.002", variants=())
+    assert done.exit_code == 0 and done.output.count("from precision.json:") == 2, done.output
+    theirs = [row for row in store.read(trained)["rows"] if row["variant"] == {"lr_student": 0.002}]
+    rows = store.read(path)["rows"]
+    assert [row["variant"] for row in rows] == [{}, {}]
+    ignored = {"variant", "base_digest"}
+    assert [{k: v for k, v in row.items() if k not in ignored} for row in rows] == [
+        {k: v for k, v in row.items() if k not in ignored} for row in theirs
+    ]
+    assert rows[0]["base_digest"] == rows[0]["recipe_digest"] != theirs[0]["base_digest"]
+
+
 def test_rows_are_merged_under_a_lock(trained: Path, tmp_path: Path) -> None:
     """Many at once, each with a row of its own."""
     content = store.read(trained)
