@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,13 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "log_steps": [step.detach() for step in trainer.log_steps],
         "averaged": None if trainer.game.averaged is None else trainer.game.averaged.state_dict(),
         "bank": None if trainer.game.bank is None else trainer.game.bank.state(),
-        "history": {"metrics": trainer.epoch_metrics, "h_prime": trainer.epoch_h_prime},
+        "history": {
+            "metrics": trainer.epoch_metrics,
+            "h_prime": trainer.epoch_h_prime,
+            "seconds": trainer.epoch_seconds,
+            "cpu_seconds": trainer.epoch_cpu_seconds,
+            "spent": trainer._spent,
+        },
         "h_prime": trainer._h_prime,
         "random": trainer.random.get_state(),
     }
@@ -111,6 +118,10 @@ def restore(trainer: Trainer, directory: Path) -> None:
         trainer.game.bank.load_state(state["bank"], trainer.device)
     trainer.epoch_metrics = list(state["history"]["metrics"])
     trainer.epoch_h_prime = [tuple(quantiles) for quantiles in state["history"]["h_prime"]]
+    unknown = [math.nan] * len(trainer.epoch_metrics)  # in a checkpoint from before they were measured
+    trainer.epoch_seconds = list(state["history"].get("seconds", unknown))
+    trainer.epoch_cpu_seconds = list(state["history"].get("cpu_seconds", unknown))
+    trainer._spent = list(state["history"].get("spent", [0.0, 0.0]))
     trainer._h_prime = [values.to(trainer.device) for values in state["h_prime"]]
     trainer.random.set_state(state["random"])
     trainer.epoch, trainer.step, trainer._rows = state["epoch"], state["step"], state["rows"]

@@ -42,8 +42,9 @@ __all__ = ["H_PRIME_QUANTILES", "Trainer"]
 H_PRIME_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: Generated batches on which activation ranges of least error are found.
 RANGE_BATCHES = 8
-#: Least time from one checkpoint to the next: on a GPU an epoch may take less than writing one.
-CHECKPOINT_SECONDS = 10.0
+#: Least time from one checkpoint to the next, in seconds and in times that the last one took to write: on a GPU an
+#: epoch may take less, and a bank of images may be gigabytes.
+CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 10.0, 20
 
 
 class Trainer:
@@ -62,7 +63,8 @@ class Trainer:
             matches features (``feature_weight``) it is refused.
         capture: replay each step as a CUDA graph; default, on CUDA devices. Hooks and other Python in the networks
             then run only while the graph is recorded: four times at the start of every phase, and after an
-            `on_epoch_end` that put other tensors in place or changed which of them learn.
+            `on_epoch_end` that put other tensors in place or changed an optimizer's settings. Without graphs
+            (``capture=False``) whatever it changes counts.
         progress: show progress on stderr.
         on_epoch_end: called as ``on_epoch_end(epoch, trainer)`` after each epoch, counted from 0, for instance to
             score ``trainer.student``.
@@ -175,9 +177,14 @@ class Trainer:
         self._used = False
         #: Quantiles of H' over all samples of an epoch, at :data:`H_PRIME_QUANTILES`; one tuple an epoch.
         self.epoch_h_prime: list[tuple[float, ...]] = []
-        # Metrics of the epoch in progress, for its mean, and H' [B] of its steps.
+        #: Seconds that the steps of each epoch took, without checkpoints, logs and `on_epoch_end`.
+        self.epoch_seconds: list[float] = []
+        #: Seconds of the processor in them.
+        self.epoch_cpu_seconds: list[float] = []
+        # Of the epoch in progress: metrics, for its mean, H' [B] of its steps, and both kinds of seconds.
         self._rows: list[dict[str, float]] = []
         self._h_prime: list[Tensor] = []
+        self._spent = [0.0, 0.0]
         #: Whether the student's quantisers are as its training wants them.
         self._begun = False
         #: Learning rates as the optimizers have them.
@@ -302,7 +309,7 @@ class Trainer:
         Ctrl-C ends the run after the step in progress, with the student as far as it came, written and loadable like a
         complete one; the checkpoint beside it lets ``resume=True`` go on to the same result as an unbroken run. A run
         that is killed goes on from its last checkpoint: after the first epoch, and after every later one that ends ten
-        seconds or more after the one before.
+        seconds or more, and twenty times as long as writing it took, after the one before.
 
         Args:
             out: new directory for the result (see :mod:`adadfq.result`); None keeps everything in memory.
@@ -339,7 +346,10 @@ class Trainer:
         try:
             with _interrupts() as interrupted:
                 while self.epoch < recipe.epochs and not interrupted():
+                    since = time.perf_counter(), time.process_time()
                     rows = self._play_epoch(buffer, progress, interrupted)
+                    self._spent[0] += time.perf_counter() - since[0]
+                    self._spent[1] += time.process_time() - since[1]
                     log.write(self.step - len(rows), self.epoch, rows)
                     self._check_finite(rows)
                     self._rows += rows
@@ -415,7 +425,9 @@ class Trainer:
         self.epoch += 1
         self._rows = []
         self.epoch_h_prime.append(_quantiles(self._h_prime))
-        self._h_prime = []
+        self.epoch_seconds.append(self._spent[0])
+        self.epoch_cpu_seconds.append(self._spent[1])
+        self._h_prime, self._spent = [], [0.0, 0.0]
         if self.epoch == recipe.calibration_epochs:
             self._freeze()
         if self.on_epoch_end is not None:
@@ -426,24 +438,27 @@ class Trainer:
             self.student.eval()
             self.generator.train()
             if self._captured and self._memory() != before:
-                self._captured = {}  # it has put other tensors in place, or lets others learn
+                self._captured = {}  # it has put other tensors in place, or changed what optimizers read of Python
         if self._directory is not None and self.epoch < recipe.epochs and time.monotonic() >= self._checkpoint_due:
+            begun = time.monotonic()
             resume_state.save(self, self._directory / CHECKPOINT)
-            self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
+            written = time.monotonic()
+            self._checkpoint_due = written + max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * (written - begun))
 
-    def _memory(self) -> list[tuple[int, bool]]:
-        """Where the tensors lie that a recorded step reads and writes, and which of them learn."""
+    def _memory(self) -> list[Any]:
+        """Where the tensors lie that a recorded step reads and writes, and the numbers that it has of optimizers."""
         if not self._captured:
             return []
         game = self.game
         models = (game.teacher, game.student, self.generator, *((game.averaged,) if game.averaged is not None else ()))
-        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        found: list[Any] = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        found += self.log_steps
         for optimizer in (self.optimizer_generator, self.optimizer_student, self.optimizer_steps):
             if optimizer is not None:
-                values = [value for state in optimizer.state.values() for value in state.values()]
-                values += [group["lr"] for group in optimizer.param_groups]
-                tensors += [value for value in values if isinstance(value, Tensor)]
-        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in (*tensors, *self.log_steps)]
+                found += [value for state in optimizer.state.values() for value in state.values()]
+                for group in optimizer.param_groups:
+                    found += [value for name, value in group.items() if name != "params"]
+        return [value.data_ptr() if isinstance(value, Tensor) else value for value in found]
 
     def _freeze(self) -> None:
         """Freeze every range; quantisers the forward pass never reaches have none and need none."""

@@ -24,7 +24,7 @@ class _Main(click.Group):
             return super().invoke(ctx)
         except AdadfqError as error:
             click.echo("error: " + " ".join(str(error).split("\n")), err=True)
-            ctx.exit(EXIT_ERROR)
+            ctx.exit(getattr(error, "exit_status", EXIT_ERROR))
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -174,7 +174,7 @@ def ops(
         "seconds": seconds,
     }
     content = store.document("ops", environment, options)
-    done, last = _begin(json_path, content, resume)
+    done = _begin(json_path, content, resume)
     click.echo(machine(environment))
     if environment["native_matches_sources"] is False:
         click.echo("warning: the native modules were not built from this csrc: run 'pip install -e .'", err=True)
@@ -186,44 +186,47 @@ def ops(
         place = 1 + len(waiting) - len(content["left_out"])
         click.echo(f"\n[{place}/{len(waiting)}] {rows_text(rows)}")
 
-    in_turn(waiting, play, content, _writer(json_path, content), last, limit, case_limit)
+    in_turn(waiting, play, content, _writer(json_path, content), limit, case_limit)
     table = routes.current() if device.type == routes.DEVICE_TYPE else None
     if judged := judged_text(ratios.judge(content["rows"], content["left_out"], table=table)):
         click.echo(f"\n{judged}")
-    if content["left_out"]:
-        click.echo(f"the time was up: {len(content['left_out'])} of {len(waiting)} cases were not run", err=True)
+    _say_what_is_left(content, len(waiting))
     _exit_if_wrong(content["rows"])
 
 
-def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> tuple[set[str], str | None]:
-    """Find out now whether the file can be written; with `resume`, `content` then has the rows that it holds.
+def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> set[str]:
+    """Find out now whether the file can be written; the cases that it holds, and `content` then too, with `resume`.
 
     A file that cannot be gone on with is kept under another name.
-
-    Returns:
-        The cases that the file holds, and the one within which its command was cut off.
     """
     from benchmarks import store
 
     if json_path is None:
         if resume:
             raise click.UsageError("--resume goes on with a file: name it with --json")
-        return set(), None
-    last = None
-    if resume:
-        content["rows"], last, reason = store.to_go_on_from(json_path, content)
-        if reason is not None:
-            kept = json_path.with_name(f"{json_path.name}.old")
-            json_path.replace(kept)
-            click.echo(f"begun anew: {reason}; what was there is in {kept.name}", err=True)
+        return set()
+    if resume and (reason := store.go_on_from(json_path, content)) is not None:
+        kept = json_path.with_name(f"{json_path.name}.old")
+        json_path.replace(kept)
+        click.echo(f"begun anew: {reason}; what was there is in {kept.name}", err=True)
     store.write(json_path, content)
-    return {row["case"] for row in content["rows"]}, last
+    return {row["case"] for row in content["rows"]}
 
 
 def _writer(json_path: Path | None, content: dict[str, Any]) -> Callable[[], None]:
     from benchmarks import store
 
     return lambda: None if json_path is None else store.write(json_path, content)
+
+
+def _say_what_is_left(content: dict[str, Any], of: int) -> None:
+    from benchmarks.turns import STRIKES
+
+    given_up = [name for name in content["left_out"] if content["cut_off"].get(name, 0) >= STRIKES]
+    for name in given_up:
+        click.echo(f"not run: {name}, which was begun {STRIKES} times and did not end", err=True)
+    if count := len(content["left_out"]) - len(given_up):
+        click.echo(f"the time was up: {count} of {of} cases were not run", err=True)
 
 
 def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
@@ -326,7 +329,7 @@ def step(
         "seconds": seconds,
     }
     content = store.document("step", environment, options)
-    done, last = _begin(json_path, content, resume)
+    done = _begin(json_path, content, resume)
     click.echo(machine(environment))
     waiting = {setting.case(): setting for setting in settings if setting.case() not in done}
 
@@ -339,7 +342,8 @@ def step(
             click.echo(f"\n{step_text(rows)}")
         content["rows"] += rows
 
-    in_turn(waiting, play, content, _writer(json_path, content), last, case_limit=case_limit)
+    in_turn(waiting, play, content, _writer(json_path, content), case_limit=case_limit)
+    _say_what_is_left(content, len(waiting))
     _exit_if_wrong(content["rows"])
 
 
@@ -390,8 +394,9 @@ def accuracy(
     --study names a grid (benchmarks/studies.py); --recipe, --bits and --set then change it.
 
     The file is written after every run. Runs that it holds already are not repeated, and a run that was cut off goes on
-    from its last checkpoint (--authors: begins anew): repeat the command. Several processes may work on one file. A run
-    that another file in the folder holds is taken from there.
+    from its last checkpoint while the sources are the same (--authors: begins anew): repeat the command. Several
+    processes may work on one file; one that left runs to others exits with 75. A run that another file in the folder
+    holds is taken from there.
     """
     from benchmarks import store
     from benchmarks.accuracy import check_grid, key, train_grid
@@ -429,18 +434,20 @@ def accuracy(
             rows[:] = store.merge(json_path, {**content, "rows": rows}, key)["rows"]  # and what others did meanwhile
         return rows
 
-    def elsewhere(wanted: str) -> dict[str, Any] | None:
+    def elsewhere(wanted: dict[str, Any]) -> dict[str, Any] | None:
         for path in sorted(folder.glob("*.json")) if folder is not None else ():
-            if path != json_path and (found := store.accuracy_row(path, key, wanted)) is not None:
+            if path != json_path and (found := store.same_run(path, key, wanted)) is not None:
                 click.echo(f"from {path.name}:")
                 return found
         return None
 
-    for row in train_grid(grid, weights, data, environment, stored, authors, folder, click.echo, elsewhere):
-        rows.append(row)
-        click.echo(run_text(row))
-        stored()
-    click.echo(text(rows))
+    try:
+        for row in train_grid(grid, weights, data, environment, stored, authors, folder, click.echo, elsewhere):
+            rows.append(row)
+            click.echo(run_text(row))
+            stored()
+    finally:
+        click.echo(text(rows))
 
 
 @main.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks.authors_training import AuthorsTraining
 from benchmarks.authors_training import check as check_authors
 from benchmarks.decoded_images import DecodedImages
 from benchmarks.epoch_scores import EpochScores
+from benchmarks.turns import EXIT_UNFINISHED
 
 Row = dict[str, Any]
 
@@ -40,6 +42,12 @@ IDENTITY = (
     *("player", "model", "weights_sha256", "data", "images", "recipe", "weight_bits", "act_bits", "settings", "seed"),
     *("recipe_digest", "device", "threads"),
 )
+
+
+class RunsTakenError(AdadfqError):
+    """Other processes train some of a grid's runs."""
+
+    exit_status = EXIT_UNFINISHED
 
 
 def key(row: Mapping[str, Any]) -> str:
@@ -83,7 +91,7 @@ def train_grid(
     authors: Path | None = None,
     folder: Path | None = None,
     say: Callable[[str], None] = print,
-    elsewhere: Callable[[str], Row | None] = lambda _: None,
+    elsewhere: Callable[[Row], Row | None] = lambda _: None,
 ) -> Iterator[Row]:
     """Train what is not among `done`; a row a run, see :data:`benchmarks.store.FIELDS`, as soon as it is there.
 
@@ -93,17 +101,19 @@ def train_grid(
         folder: where held-out images and this project's unfinished runs are kept for the next call, and runs are told
             from those that other processes have begun (:mod:`benchmarks.unfinished`); None: nowhere.
         say: is told what takes time before the first row.
-        elsewhere: gives the row of a :func:`key` that another grid has trained: grids share their bases.
+        elsewhere: given what is known of a row before it is trained, gives the row if another grid has it: grids share
+            their bases.
 
     Raises:
         InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting.
         KeyboardInterrupt: a run was interrupted; it has no row, and goes on in the next call with the same `folder`.
+        RunsTakenError: at the end, where other processes train some of the runs.
     """
 
     def is_done(row: Row) -> bool:
         return key(row) in {key(other) for other in done()}
 
-    runs = check_grid(grid, authors)
+    runs, left = check_grid(grid, authors), 0
     teachers: dict[Any, _Teacher] = {}
     held_out: dict[Any, adadfq.HeldOut] = {}
     digest = None if weights is None else files.sha256(weights)
@@ -136,36 +146,40 @@ def train_grid(
             **environment,
         }
         if is_done(row):
+            if folder is not None:
+                unfinished.forget(folder, key(row))
             continue
-        if (other := elsewhere(key(row))) is not None:
-            yield other | {"variant": run.variant, "base_digest": run.base_digest}
-            continue
+        if inputs not in held_out:
+            held_out[inputs] = held_out_images.make(teacher.network, recipe, folder, say)
+        row["held_out_digest"] = held_out[inputs].digest
         place = None
         if folder is not None:
-            place = unfinished.take(folder, key(row), environment)
+            place = unfinished.take(folder, key(row), {**environment, "held_out_digest": row["held_out_digest"]})
             if place is None:
+                left += 1
                 say(f"seed {run.seed} of {run.weight_bits}w{run.act_bits}a {run.variant}: another process trains it")
                 continue
-        try:
-            if not is_done(row):  # by the process that had the place until now
-                if inputs not in held_out:
-                    held_out[inputs] = held_out_images.make(teacher.network, recipe, folder, say)
-                row["held_out_digest"] = held_out[inputs].digest
+        with place or nullcontext():
+            # Another process may have ended this run until the place was free.
+            found = None if is_done(row) else elsewhere(row)
+            if place is not None and found is None:
+                found = place.row()
+            if found is not None:
+                yield found | {"variant": run.variant, "base_digest": run.base_digest}
+            elif not is_done(row):
                 scorer = EpochScores(teacher.images, held_out[inputs], recipe.warmup_epochs, place)
                 student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
                 if authors is None:
-                    yield row | _train(run, teacher.network, student, scorer, device, place, say)
+                    row |= _train(run, teacher.network, student, scorer, device, place, say)
                 else:
-                    yield row | _train_authors(run, teacher.network, student, scorer, device, authors)
+                    row |= _train_authors(run, teacher.network, student, scorer, device, authors)
+                if place is not None:
+                    place.keep_row(row)
+                yield row
             if place is not None:
                 place.remove()
-        except InvalidInputError:
-            if place is not None:
-                place.remove()
-            raise
-        finally:
-            if place is not None:
-                place.release()
+    if left:
+        raise RunsTakenError(f"{left} of {len(runs)} runs were left to other processes: repeat this when they end")
 
 
 def check_grid(grid: Grid, authors: Path | None) -> list[Run]:
@@ -210,7 +224,6 @@ def _train(
             scorer.take_up({})
             result = trainer.fit(out)
         if result.status != "complete":
-            scorer.interrupted()
             raise KeyboardInterrupt
         metrics = result.metrics
 
@@ -238,14 +251,13 @@ def _train_authors(
 def _result(run: Run, scorer: EpochScores, trainer: Any, fit: Callable[[], None]) -> Row:
     """`fit`, and what both players' rows have."""
     recipe, error = run.recipe, None
-    scorer.begin()
     try:
         fit()
     except InvalidInputError:
         raise
     except AdadfqError as diverged:
         error = str(diverged)
-    training = scorer.epoch_seconds[recipe.warmup_epochs :]
+    training = trainer.epoch_seconds[recipe.warmup_epochs :]
     nearest = 0 < recipe.warmup_epochs and recipe.calibration_epochs <= recipe.warmup_epochs
     return {
         "status": "ok" if error is None else "diverged",
@@ -255,9 +267,9 @@ def _result(run: Run, scorer: EpochScores, trainer: Any, fit: Callable[[], None]
         # As warm-up leaves it: weights untouched, min/max ranges of generated images, which no longer move.
         "round_to_nearest": scorer.accuracies[0] if nearest and scorer.accuracies else None,
         **{f"held_out_{name}": [found[name] for found in scorer.signals] for name in SIGNALS},
-        "train_seconds": sum(scorer.epoch_seconds),
-        "epoch_seconds": scorer.epoch_seconds,
-        "epoch_cpu_seconds": scorer.epoch_cpu_seconds,
+        "train_seconds": sum(trainer.epoch_seconds),
+        "epoch_seconds": trainer.epoch_seconds,
+        "epoch_cpu_seconds": trainer.epoch_cpu_seconds,
         "steps": trainer.step,
         "images_seen": trainer.step * recipe.batch_size,
         "step_ms": 1e3 * statistics.median(training) / recipe.steps_per_epoch if training else None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -65,6 +66,8 @@ class AuthorsTraining:
     Attributes:
         student: the network with their quantisers, in eval mode.
         losses_student: mean L_Q of every epoch.
+        epoch_seconds: of every epoch, without `on_epoch_end`.
+        epoch_cpu_seconds: the processor's seconds in them.
         step: steps played.
 
     Raises:
@@ -89,6 +92,8 @@ class AuthorsTraining:
         student = authors_code.student(student, self._code.quantizers, lambda *_: None)
         self.student = student.requires_grad_(True).to(device).eval()
         self.losses_student: list[float] = []
+        self.epoch_seconds: list[float] = []
+        self.epoch_cpu_seconds: list[float] = []
         self.step = 0
 
     def fit(self) -> None:
@@ -107,7 +112,10 @@ class AuthorsTraining:
                     self._code, options, self.recipe, self.teacher, self.student, generator
                 )
             for epoch in range(self.recipe.epochs):
+                since = time.perf_counter(), time.process_time()
                 self._play_epoch(trainer, epoch)
+                self.epoch_seconds.append(time.perf_counter() - since[0])
+                self.epoch_cpu_seconds.append(time.process_time() - since[1])
                 if self.on_epoch_end is not None:
                     self.on_epoch_end(epoch, self)
 

@@ -17,6 +17,8 @@ from adadfq.errors import InvalidInputError
 from benchmarks import huge_pages
 
 _ROOT = Path(__file__).parents[1]
+#: Results, and pages made of them: tracked, and changing while things are measured.
+WRITTEN = ("benchmarks/results", "docs", "README.md")
 #: What decides how fast bfloat16 is on a CPU, as Linux names it.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
@@ -43,12 +45,15 @@ def describe(device: torch.device) -> dict[str, Any]:
     Also transparent_hugepage, the system's mode, and thp_mem_alloc, whether PyTorch's allocator asks for huge pages.
     cpu_flags are those of :data:`CPU_FLAGS` that the processor has, where the system tells.
     native_matches_sources says whether csrc is what the native modules were built from; None where nobody knows.
-    git_commit and git_dirty are None outside a git checkout, but where ADADFQ_COMMIT names what is there.
+    git_commit and git_dirty are None outside a git checkout, but where ADADFQ_COMMIT names what is there; what is in
+    :data:`WRITTEN` makes no checkout dirty.
     """
     found = info.collect()
     cpu = next(entry for entry in found["devices"] if entry["device"] == "cpu")
     commit = _git("rev-parse", "HEAD") or os.environ.get("ADADFQ_COMMIT")
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":(exclude){path}" for path in WRITTEN)
+    )
     if status is None and commit is not None:
         status = ""  # a digest of the sources themselves: benchmarks/gpu.sh
     return {

@@ -24,8 +24,8 @@
 # --seconds the command begins no stage whose limit does not fit into what is left of them, but gives one that can go on
 # later what is left. A stage that takes longer than its limit fails; what it measured stays in its file, and the same
 # command goes on from there: a training of this project's from its last checkpoint, cases with those that were not yet
-# begun, so that one that hangs or loses the device is the last. Run it until it says that all stages are done. Outside
-# of git, sources are known by a digest.
+# begun, so that one that hangs or loses the device is the last, and has no third turn. Run it until it says that all
+# stages are done. Outside of git, sources are known by a digest.
 # Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.
@@ -48,6 +48,8 @@ goes_on=" bench predicted judged step accuracy schedule efficientnet "
 least=120
 # Exit statuses of --inside that no command of a stage can bring about, see run().
 left_out=77 partial=78
+# That of a command which is to be repeated: a case hung or lost the device, or another process trains a run.
+unfinished=75
 python=${PYTHON:-python3}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -60,7 +62,7 @@ is_stage() {
   [ -n "${1:-}" ] && [ -n "${limits[$1]:-}" ]
 }
 
-dry_run= toy= fresh= from= only= inside= results= seconds= campaign=
+dry_run= toy= fresh= from= only= inside= results= seconds= campaign= again=
 if [ -n "${1:-}" ] && [ -n "${sets[$1]:-}" ]; then
   campaign=$1
   read -ra stages <<<"${sets[$1]}"
@@ -110,7 +112,13 @@ run() {
   if [ -n "$dry_run" ]; then
     "$@" "$look" >/dev/null || fail "exit status $? of: $* $look"
   else
-    "$@" || fail "exit status $? of: $*"
+    local status=0
+    "$@" || status=$?
+    case $status in
+      0) ;;
+      "$unfinished") again=1 ;;
+      *) fail "exit status $status of: $*" ;;
+    esac
   fi
 }
 
@@ -163,7 +171,7 @@ run_bench() {
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
   run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
   run --dry-run "$python" -m benchmarks step --device cuda --providers plain,adadfq,adadfq-bf16 --rounds 21 --seconds 10 \
-    --resume --json "$results/step-cuda.json"
+    --resume --case-limit 100 --json "$results/step-cuda.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-cuda.json" || return "$partial"
 }
 
@@ -202,8 +210,10 @@ run_tune() {
   run --help "$python" -m adadfq.kernels.tune "$results/tune/triton-configs.json"
 }
 
+# is_complete FILE: all cases have rows, but those that never end.
 is_complete() {
-  "$python" -c 'import json, sys; sys.exit(bool(json.load(open(sys.argv[1]))["left_out"]))' "$1"
+  "$python" -c 'import json, sys; from benchmarks.turns import STRIKES; held = json.load(open(sys.argv[1]))
+sys.exit(any(held.get("cut_off", {}).get(name, 0) < STRIKES for name in held["left_out"]))' "$1"
 }
 
 # Of --toy: where and how small.
@@ -298,6 +308,7 @@ run_endurance() {
 
 if [ -n "$inside" ]; then
   "run_$inside"
+  [ -z "$again" ] || exit "$partial"
   exit
 fi
 
@@ -312,14 +323,16 @@ fi
 # A stage of another set is run alone.
 [ -z "$only$from" ] || [[ " ${stages[*]} " == *" $only$from "* ]] || stages=("$only$from")
 
-# A stamp names a commit, and so says nothing where there is none or the files are others.
+# A stamp names a commit, and so says nothing where there is none or the files are others; results and the pages made of
+# them, which are tracked, change while this runs.
 commit=$(git rev-parse HEAD 2>/dev/null) || commit=
 if [ -z "$commit" ]; then
   commit=sources-$(find adadfq benchmarks csrc kernels tests setup.py pyproject.toml -type f \( -name '*.py' -o -name '*.sh' \
     -o -name '*.cu' -o -name '*.h' -o -name '*.cpp' -o -name '*.toml' -o -path '*/recipes/*' \) -exec sha256sum {} + |
     sort -k 2 | sha256sum | cut -c1-16)
   export ADADFQ_COMMIT=$commit
-elif [ -n "$(git status --porcelain --untracked-files=no)" ]; then
+elif [ -n "$(git status --porcelain --untracked-files=no -- . ':(exclude)benchmarks/results' ':(exclude)docs' \
+  ':(exclude)README.md')" ]; then
   commit=
 fi
 [ -n "$commit" ] || echo "not a clean checkout: nothing is skipped, and no stamps are left"

@@ -34,8 +34,8 @@ by top-1. Differences are ± their standard error over the seeds of both. Times 
 scoring; on a CPU they are CPU time, which whatever else ran has no part in. A command trains what its file does
 not hold yet: where it names more seeds or settings than a table shows, those have not been run.
 """
-#: Standard errors of a difference that chance alone seldom makes.
-ERRORS = 2
+#: Of the test that tells settings from the base.
+LEVEL = 0.05
 #: Fewer say nothing of a signal.
 LEAST_RUNS = 3
 _PLOTS = {
@@ -224,21 +224,21 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
 
 
 def _verdict(shown: Sequence[Summary], base: Summary | None) -> list[str]:
-    """Which settings differ from the base by more than its seeds do; nothing where too few have run."""
+    """Which settings' top-1 differs from the base's by more than seeds do; nothing where too few have run."""
     if base is None:
         return []
-    known = []
-    for group in shown:
-        found = None if statistics.same(base, group) else statistics.difference(group, base)
-        if found is not None and found[1] is not None:
-            known.append((group, found[0], found[1]))
+    tested = [(group, statistics.p_value(group, base)) for group in shown if not statistics.same(base, group)]
+    known = [group for group, p in tested if p is not None]
     if not known:
         return []
-    beyond = [f"`{group.label}` ({by:+.2f})" for group, by, error in known if abs(by) > ERRORS * error]
-    least = min(len(group.accuracies) for group in (base, *(group for group, _, _ in known)))
+    found = [
+        f"`{group.label}` ({by[0]:+.2f})"
+        for group, p in tested
+        if p is not None and p < LEVEL and (by := statistics.difference(group, base)) is not None
+    ]
     return [
-        f"Of the settings with {least} seeds or more, top-1 of {', '.join(beyond) or 'none'} is more than {ERRORS} "
-        "standard errors from the base's."
+        f"Of {len(known)} settings with two seeds or more, top-1 of {', '.join(found) or 'none'} differs from the "
+        f"base's at the level of {LEVEL:g} (Welch's t-test; one in {1 / LEVEL:.0f} does by chance)."
     ]
 
 

@@ -141,6 +141,20 @@ def difference(
     return first - second, math.sqrt(sum(statistics.variance(values) / len(values) for values in pair))
 
 
+def p_value(group: Summary, other: Summary) -> float | None:
+    """That means over seeds are so far apart by chance (Welch's t-test, two-sided); None with fewer than two seeds.
+
+    Groups without any deviation differ if their means do.
+    """
+    if min(len(group.accuracies), len(other.accuracies)) < 2:
+        return None
+    if not group.deviation and not other.deviation:
+        return float(group.mean == other.mean)
+    from scipy import stats
+
+    return float(stats.ttest_ind(group.accuracies, other.accuracies, equal_var=False).pvalue)
+
+
 def held_out_difference(group: Summary, other: Summary, signal: str) -> tuple[float, float | None] | None:
     """:func:`difference` of the last epochs' signal; None where the held-out images are not the same ones."""
     digests = {row.get("held_out_digest") for each in (group, other) for row in each.rows if row["status"] == "ok"}

@@ -287,7 +287,7 @@ def merge(path: Path, content: dict[str, Any], key: Callable[[dict[str, Any]], s
 
 
 def reason_against(before: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Why what was begun in one environment is not to be gone on with in another; None where nothing is against it."""
+    """Why cases measured in one environment are not to be gone on with in another; None where nothing is against it."""
     if different := [name for name in KNOWN if before[name] != here[name]]:
         return f"it differs in {', '.join(different)}"
     if not here["git_commit"] or here["git_dirty"]:
@@ -295,37 +295,42 @@ def reason_against(before: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
     return None
 
 
-def to_go_on_from(path: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None, str | None]:
-    """What the file at `path` holds, where it was begun as `content` is, on such a machine at the same clean commit.
+def go_on_from(path: Path, content: dict[str, Any]) -> str | None:
+    """Put into `content` what the file at `path` holds, where it was begun alike, on such a machine at the same commit.
+
+    Of a case with a row that is not right it takes none: it is measured again.
 
     Returns:
-        Its rows, but none of a case with one that is not right: it is measured again; the case within which its command
-        was cut off, if it was; and why there is nothing to go on from, if there is not: what is measured then is all
-        measured alike.
+        Why there is nothing to go on from; None where there is, or no file.
 
     Raises:
         InvalidInputError: there is a file, and it is none of results.
     """
     if not path.exists():
-        return [], None, None
+        return None
     before, here = read(path), content["environment"]
     different = [part for part in ("kind", "options") if before[part] != content[part]]
     reason = f"it differs in {', '.join(different)}" if different else reason_against(before["environment"], here)
     if reason is not None:
-        return [], None, reason
+        return reason
     wrong = {row["case"] for row in before["rows"] if row["status"] == "wrong"}
-    rows = [row for row in before["rows"] if row["case"] not in wrong]
-    return rows, next(iter(before["left_out"]), None), None
+    content["rows"] = [row for row in before["rows"] if row["case"] not in wrong]
+    content["cut_off"] = before.get("cut_off", {})
+    return None
 
 
-def accuracy_row(path: Path, key: Callable[[dict[str, Any]], str], wanted: str) -> dict[str, Any] | None:
-    """The row with that key of a file of accuracies; None where it has none, or is another file."""
+def same_run(path: Path, key: Callable[[Mapping[str, Any]], str], wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row that a file of accuracies has of the run `wanted`, judged on the same held-out images; None: none."""
     try:
         content = read(path)
     except InvalidInputError:
         return None
-    rows = content["rows"] if content["kind"] == "accuracy" else ()
-    return next((row for row in rows if key(row) == wanted), None)
+    fields = set(OPTIONAL_FIELDS["accuracy"])
+    for row in content["rows"] if content["kind"] == "accuracy" else ():
+        alike = row.get("held_out_digest") == wanted["held_out_digest"] and key(row) == key(wanted)
+        if alike and fields <= set(row):
+            return row
+    return None
 
 
 @contextmanager

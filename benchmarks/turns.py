@@ -14,17 +14,21 @@ import torch
 
 from adadfq.errors import AdadfqError
 
-__all__ = ["EXIT_STUCK", "DeviceLostError", "check_device", "in_turn"]
+__all__ = ["EXIT_UNFINISHED", "STRIKES", "DeviceLostError", "check_device", "in_turn"]
 
-#: Status of a process that ended itself within a case.
-EXIT_STUCK = 3
-_AGAIN = "the same command with --resume goes on with the others and comes to it last"
+#: Status of a command that the same command is to go on with.
+EXIT_UNFINISHED = 75
+#: A case that was begun so often and never ended is begun no more.
+STRIKES = 2
+_AGAIN = "the same command with --resume goes on with the others, and comes to it last"
 
 Case = TypeVar("Case")
 
 
 class DeviceLostError(AdadfqError):
     """No call of this process to the device can succeed any more."""
+
+    exit_status = EXIT_UNFINISHED
 
 
 def check_device(device: torch.device, what: str) -> None:
@@ -47,7 +51,6 @@ def in_turn(
     play: Callable[[Case], None],
     content: dict[str, Any],
     write: Callable[[], None],
-    last: str | None = None,
     limit: float | None = None,
     case_limit: float | None = None,
 ) -> None:
@@ -56,27 +59,37 @@ def in_turn(
     Args:
         cases: by name.
         play: puts the rows of a case into `content`.
-        content: of the file; `left_out` names the case that is played, and then those behind it.
+        content: of the file. `left_out` names the case that is played and those still to come. `cut_off` counts how
+            often a case was begun and did not end; the more often, the later its turn, and from :data:`STRIKES` on it
+            has none.
         write: writes `content`.
-        last: the case that was played when an earlier call was cut off, and so goes last.
         limit: begin no case after so many seconds.
-        case_limit: end the process, with :data:`EXIT_STUCK`, within a case that takes longer: what waits for a device
-            cannot be interrupted.
+        case_limit: end the process, with :data:`EXIT_UNFINISHED`, within a case that takes longer: what waits for a
+            device cannot be interrupted.
     """
-    waiting = list(cases)
-    if last in waiting:
-        waiting.append(waiting.pop(waiting.index(last)))
+    strikes = content.setdefault("cut_off", {})
+    waiting = sorted(cases, key=lambda name: strikes.get(name, 0))
     start = time.monotonic()
-    while waiting:
+    while True:
         content["left_out"] = list(waiting)
-        write()
-        if limit is not None and time.monotonic() - start > limit:
+        if not waiting or strikes.get(waiting[0], 0) >= STRIKES or _is_over(start, limit):
+            write()
             return
-        with _watched(waiting[0], case_limit):
-            play(cases[waiting[0]])
-        del waiting[0]
-    content["left_out"] = []
-    write()
+        name = waiting[0]
+        strikes[name] = strikes.get(name, 0) + 1
+        write()
+        try:
+            with _watched(name, case_limit):
+                play(cases[name])
+        except KeyboardInterrupt:
+            strikes[name] -= 1
+            write()
+            raise
+        del strikes[name], waiting[0]
+
+
+def _is_over(start: float, limit: float | None) -> bool:
+    return limit is not None and time.monotonic() - start > limit
 
 
 @contextmanager
@@ -96,4 +109,4 @@ def _watched(name: str, seconds: float | None) -> Iterator[None]:
 def _give_up(name: str, seconds: float) -> None:
     sys.stdout.flush()
     print(f"error: {name} took longer than {seconds:g} s: {_AGAIN}", file=sys.stderr, flush=True)
-    os._exit(EXIT_STUCK)
+    os._exit(EXIT_UNFINISHED)

@@ -7,6 +7,7 @@ takes the runs that no other has.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -14,39 +15,49 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from adadfq import files
+from adadfq.errors import InvalidInputError
 from adadfq.result import CHECKPOINT
 from benchmarks import store
 
-__all__ = ["Place", "take"]
+__all__ = ["Place", "forget", "take"]
+
+ROOT = Path(__file__).parents[1]
+#: What has to be the same where a training goes on: the commit is not among it, its sources are.
+KNOWN = (*(name for name in store.KNOWN if not name.startswith("git_")), "held_out_digest")
 
 
 class Place:
-    """The folder of a run that this process has taken.
+    """The folder of a run that this process has taken; a context manager that gives it back.
+
+    What is there to go on with stays for whoever comes next, but for a run that was refused before it had any.
 
     Attributes:
         training: where the trainer keeps what it needs to go on; not there yet, or with its checkpoint.
-        scores: of the epochs behind the checkpoint, and perhaps of one more; empty for a new run.
+        scores: of the epochs behind the checkpoint, and perhaps of later ones; empty for a new run.
     """
 
     def __init__(self, folder: Path, descriptor: int, environment: Mapping[str, Any]) -> None:
         self._folder, self._descriptor, self._removed = folder, descriptor, False
-        self._environment = {name: environment.get(name) for name in store.KNOWN}
+        self._known = {name: environment.get(name) for name in KNOWN} | {"sources": sources()}
         self.training = folder / "training"
-        self._scores = folder / "scores.json"
+        self._scores, self._row = folder / "scores.json", folder / "row.json"
         self.scores: dict[str, list[Any]] = {}
 
     def go_on(self, say: Callable[[str], None]) -> bool:
         """Whether a training is there to go on with; otherwise the folder is emptied, and `say` told why."""
-        if (self.training / CHECKPOINT).is_file() and self._scores.is_file():
-            before = json.loads(self._scores.read_text(encoding="utf-8"))
-            reason = store.reason_against(before["environment"], self._environment)
-            if reason is None:
+        if (self.training / CHECKPOINT).is_file():
+            # A checkpoint of an epoch before the first that is scored has none.
+            before = json.loads(self._scores.read_text(encoding="utf-8")) if self._scores.is_file() else {"scores": {}}
+            begun = json.loads((self._folder / "known.json").read_text(encoding="utf-8"))
+            different = [name for name in self._known if begun.get(name) != self._known[name]]
+            if not different:
                 self.scores = before["scores"]
                 return True
-            say(f"begun anew: {reason}")
+            say(f"begun anew: it differs in {', '.join(different)}")
         self.begin_anew()
         return False
 
@@ -55,19 +66,34 @@ class Place:
         self.scores = {}
         shutil.rmtree(self.training, ignore_errors=True)
         self._scores.unlink(missing_ok=True)
+        files.write_json(self._folder / "known.json", self._known)
 
     def keep(self, scores: Mapping[str, list[Any]]) -> None:
         """Write the scores of all epochs so far, before the trainer writes its checkpoint."""
-        files.write_json(self._scores, {"environment": self._environment, "scores": scores})
+        files.write_json(self._scores, {"scores": scores})
+
+    def keep_row(self, row: Mapping[str, Any]) -> None:
+        """Keep the row of a training that has ended until it is stored."""
+        files.write_json(self._row, row)
+
+    def row(self) -> dict[str, Any] | None:
+        """What :meth:`keep_row` has kept."""
+        return json.loads(self._row.read_text(encoding="utf-8")) if self._row.is_file() else None
 
     def remove(self) -> None:
-        """Nothing is left to go on with: the run has its row, or cannot have one."""
+        """The run has its row: nothing is left to go on with."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._removed = True
 
-    def release(self) -> None:
-        """Leave what is there to whoever comes next."""
-        if not self._removed:  # another process may have it by now
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._removed:  # otherwise another process may have it by now
+            if isinstance(error, InvalidInputError) and not (self.training / CHECKPOINT).is_file():
+                self.remove()
             with suppress(OSError):
                 self._folder.rmdir()  # where it is empty
         os.close(self._descriptor)
@@ -75,18 +101,42 @@ class Place:
 
 def take(folder: Path, key: str, environment: Mapping[str, Any]) -> Place | None:
     """The place of the run `key` beside the results in `folder`; None where another process has it."""
-    path = folder / f".run-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    path = _path(folder, key)
     while True:
-        path.mkdir(exist_ok=True)
         try:
+            path.mkdir(exist_ok=True)
             descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # removed by the process that had it
+        except (FileExistsError, FileNotFoundError):  # removed just now by the process that had it
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.is_dir() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return Place(path, descriptor, environment)
         except BlockingIOError:
             os.close(descriptor)
             return None
-        os.close(descriptor)  # another folder is at the path by now
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # nothing, or another folder, is at the path by now
+
+
+def forget(folder: Path, key: str) -> None:
+    """Remove what is left of a run that has its row, unless a process has it."""
+    if _path(folder, key).is_dir() and (place := take(folder, key, {})) is not None:
+        with place:
+            place.remove()
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f".run-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+@functools.cache
+def sources() -> str:
+    """SHA-256 of all that decides what a training computes: the package, its recipes and the benchmarks."""
+    paths = [*ROOT.glob("adadfq/**/*.py"), *ROOT.glob("adadfq/recipes/*.json"), *ROOT.glob("benchmarks/*.py")]
+    found = hashlib.sha256()
+    for path in sorted([*paths, *ROOT.glob("kernels/**/*.py"), *(p for p in ROOT.glob("csrc/**/*") if p.is_file())]):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()

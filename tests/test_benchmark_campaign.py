@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,10 @@ def test_changed_files_are_measured_anew(tmp_path: Path) -> None:
     environment = {**describe(CPU), "git_commit": "c0ffee", "git_dirty": True}
     content = store.document("ops", environment, {})
     store.write(tmp_path / "o.json", content)
-    rows, last, reason = store.to_go_on_from(tmp_path / "o.json", content)
-    assert rows == [] and last is None and reason == "files are changed, or nobody knows the commit"
+    assert store.go_on_from(tmp_path / "o.json", content) == "files are changed, or nobody knows the commit"
     (tmp_path / "o.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(InvalidInputError, match="is not a file of results"):
-        store.to_go_on_from(tmp_path / "o.json", content)
+        store.go_on_from(tmp_path / "o.json", content)
 
 
 def test_predictions_stand_beside_times() -> None:
@@ -214,6 +214,21 @@ def test_sources_outside_of_git_are_what_the_environment_says(monkeypatch: pytes
     assert [describe(CPU)[key] for key in ("git_commit", "git_dirty")] == [None, None]
     monkeypatch.setenv("ADADFQ_COMMIT", "sources-1")
     assert [describe(CPU)[key] for key in ("git_commit", "git_dirty")] == ["sources-1", False]
+
+
+def test_results_make_no_checkout_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("adadfq/game.py", "benchmarks/results/ops.json", "docs/results.md", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(environment, "_ROOT", tmp_path)
+    for name in ("benchmarks/results/ops.json", "docs/results.md", "README.md"):
+        (tmp_path / name).write_text("after")
+    assert describe(CPU)["git_dirty"] is False
+    (tmp_path / "adadfq/game.py").write_text("after")
+    assert describe(CPU)["git_dirty"] is True
 
 
 def test_a_player_without_memory_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,49 @@ def test_the_file_names_what_is_still_to_come() -> None:
     seen, written = [], []
     turns.in_turn(
         CASES,
-        lambda case: seen.append((case, content["left_out"])),
+        lambda case: seen.append((case, content["left_out"], dict(content["cut_off"]))),
         content,
-        lambda: written.append(content["left_out"]),
+        lambda: written.append((content["left_out"], dict(content["cut_off"]))),
     )
-    assert seen == [(1, ["a", "b", "c"]), (2, ["b", "c"]), (3, ["c"])]
-    assert written == [["a", "b", "c"], ["b", "c"], ["c"], []]
-
-
-def test_what_was_cut_off_goes_last() -> None:
-    assert played({}, last="a") == [2, 3, 1]
-    assert played({}, last="done meanwhile") == [1, 2, 3]
+    assert seen == [(1, ["a", "b", "c"], {"a": 1}), (2, ["b", "c"], {"b": 1}), (3, ["c"], {"c": 1})]
+    assert written == [*((left, cut_off) for _, left, cut_off in seen), ([], {})]
 
 
 def test_no_case_begins_after_the_limit() -> None:
     content: dict[str, Any] = {}
-    assert played(content, limit=0) == [] and content["left_out"] == ["a", "b", "c"]
+    assert played(content, limit=0) == [] and content == {"left_out": ["a", "b", "c"], "cut_off": {}}
+
+
+def test_cases_that_never_end_leave_the_others_their_turns() -> None:
+    """Each call dies within the first that hangs; two of four do."""
+    cases = {name: name for name in "abcd"}
+    content: dict[str, Any] = {}
+    calls: list[str] = []
+
+    def play(case: str) -> None:
+        calls[-1] += case
+        if case in "ab":
+            raise SystemExit
+
+    while not calls or calls[-1]:
+        calls.append("")
+        done = set("".join(calls)) - set("ab")
+        with suppress(SystemExit):
+            turns.in_turn({name: case for name, case in cases.items() if name not in done}, play, content, lambda: None)
+    assert calls == ["a", "b", "cda", "b", ""]
+    assert content == {"left_out": ["a", "b"], "cut_off": {"a": 2, "b": 2}}
+
+
+def test_an_interrupt_is_no_strike() -> None:
+    content: dict[str, Any] = {}
+
+    def interrupted(case: int) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            turns.in_turn(CASES, interrupted, content, lambda: None)
+    assert content["cut_off"] == {"a": 0} and played(content) == [1, 2, 3]
 
 
 def test_a_case_that_never_ends_ends_the_process(tmp_path: Path) -> None:
@@ -59,7 +87,7 @@ def test_a_case_that_never_ends_ends_the_process(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "left_out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
-    assert done.returncode == turns.EXIT_STUCK and done.stdout == "0\n600\n"
+    assert done.returncode == turns.EXIT_UNFINISHED and done.stdout == "0\n600\n"
     assert done.stderr.startswith("error: b took longer than 3 s: the same command with --resume")
     assert (tmp_path / "left_out").read_text() == "b"
 
@@ -103,11 +131,19 @@ def test_ops_come_last_to_a_case_that_lost_the_device(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(ops, "check_device", check)
     done = CliRunner().invoke(main, [*COMMAND, "--json", str(path)])
-    assert done.exit_code == 2 and "lost" in done.output and len(looked_at) == 1
+    assert done.exit_code == turns.EXIT_UNFINISHED and "lost" in done.output and len(looked_at) == 1
     cut_off = store.read(path)
     assert len(cut_off["left_out"]) == 2 and cut_off["rows"] == []
     losing = False
     done = CliRunner().invoke(main, [*COMMAND, "--resume", "--json", str(path)])
     content = store.read(path)
-    assert done.exit_code == 0 and content["left_out"] == []
+    assert done.exit_code == 0 and content["left_out"] == [] and content["cut_off"] == {}
     assert list(dict.fromkeys(row["case"] for row in content["rows"])) == cut_off["left_out"][::-1]
+
+    # Twice is enough.
+    store.write(path, {**cut_off, "cut_off": {cut_off["left_out"][0]: 2}})
+    done = CliRunner().invoke(main, [*COMMAND, "--resume", "--json", str(path)])
+    content = store.read(path)
+    assert done.exit_code == 0 and content["left_out"] == cut_off["left_out"][:1]
+    assert f"not run: {cut_off['left_out'][0]}, which was begun 2 times" in done.output
+    assert "the time was up" not in done.output

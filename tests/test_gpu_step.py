@@ -368,3 +368,27 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, precision
     state = unbroken.student.state_dict()
     for key, tensor in resumed.student.state_dict().items():
         torch.testing.assert_close(tensor, state[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_graph_outlives_an_epochs_end_and_sees_what_changes_there() -> None:
+    """Looking at the student there changes nothing; a weight in another place is played with."""
+    results = []
+    for capture in (True, False):
+        graphs = []
+
+        def look(epoch: int, trainer: adadfq.Trainer, graphs: list[Any] = graphs) -> None:
+            trainer.student(torch.randn(4, 3, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(0)))
+            graphs.append(trainer._captured["step"][1] if trainer._captured else None)
+            if epoch == 3:
+                weight = trainer.student.conv1.weight
+                weight.data = (2 * weight.data).contiguous(memory_format=torch.channels_last)
+
+        steps = EAGER_STEPS + 3
+        trainer = _trainer(capture, epochs=6, warmup_epochs=1, calibration_epochs=1, steps_per_epoch=steps)
+        trainer.on_epoch_end = look
+        results.append((trainer, trainer.fit()))
+        if capture:
+            assert graphs[1] is graphs[2] is graphs[3] is not graphs[4] and graphs[4] is graphs[5]
+    (captured, ours), (eager, theirs) = results
+    _assert_close(captured, eager, "float32")
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-2, abs=1e-3)

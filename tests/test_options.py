@@ -419,6 +419,7 @@ def test_an_interrupt_before_the_students_first_step_prepares_it_once(tmp_path: 
 
 def test_a_run_goes_on_on_another_kind_of_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_SHARE", 0)
 
     def stop(epoch: int, trainer: adadfq.Trainer) -> None:
         if epoch == 2:

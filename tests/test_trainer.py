@@ -187,12 +187,13 @@ def test_a_run_is_written_and_loads(tmp_path: Path) -> None:
 
 def test_metrics_go_to_tensorboard_where_it_is_installed(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    result = _trainer().fit(tmp_path / "run")
+    _trainer().fit(tmp_path / "run")
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(METRICS)
-    last_epoch = [event.value for event in events.Scalars("loss_student") if event.step >= 8]
-    assert len(last_epoch) == 4 and sum(last_epoch) / 4 == pytest.approx(result.metrics["loss_student"], rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shown = {event.step: event.value for event in events.Scalars("loss_student")}
+    assert shown == pytest.approx({step: lines[step]["loss_student"] for step in (0, 10)}, rel=1e-6)
 
 
 def test_without_tensorboard_there_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,8 +400,8 @@ def _replace_a_teachers_buffer(trainer: adadfq.Trainer) -> None:
     trainer.teacher.bn1.running_mean = trainer.teacher.bn1.running_mean.clone()
 
 
-def _fix_a_weight(trainer: adadfq.Trainer) -> None:
-    trainer.student.conv1.weight.requires_grad_(False)
+def _change_the_momentum(trainer: adadfq.Trainer) -> None:
+    trainer.optimizer_student.param_groups[0]["momentum"] = 0.5
 
 
 def _load_an_optimizer(trainer: adadfq.Trainer) -> None:
@@ -413,7 +414,7 @@ def _load_an_optimizer(trainer: adadfq.Trainer) -> None:
         (_do_nothing, 2),  # warm-up, training
         (_replace_a_weight, 3),
         (_replace_a_teachers_buffer, 3),
-        (_fix_a_weight, 3),
+        (_change_the_momentum, 3),
         (_load_an_optimizer, 3),
     ],
 )
@@ -457,6 +458,61 @@ def test_a_checkpoint_is_written_seconds_after_the_one_before(tmp_path: Path, mo
     assert epochs_of == [0, 1, 1, 3, 3]
     resumed = _trainer(epochs=6).fit(tmp_path / "run", resume=True)
     assert _same(resumed.student, _trainer(epochs=6).fit().student)
+
+
+def test_a_checkpoint_that_takes_long_is_written_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, written = 0.0, []
+    save = training.resume_state.save
+
+    def slow(trainer: adadfq.Trainer, path: Path) -> None:
+        nonlocal clock
+        clock += 2.0
+        written.append(trainer.epoch)
+        save(trainer, path)
+
+    def pass_time(epoch: int, trainer: adadfq.Trainer) -> None:
+        nonlocal clock
+        clock += 15.0
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(training.resume_state, "save", slow)
+    _trainer(on_epoch_end=pass_time, epochs=9).fit(tmp_path / "run")
+    assert written == [1, 4, 7]  # 40 seconds apart
+
+
+def test_the_time_of_an_epoch_is_that_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that was interrupted; nothing else counts."""
+    clock = 0.0
+
+    def slow(name: str, owner: Any, by: float) -> None:
+        function = getattr(owner, name)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            nonlocal clock
+            clock += by
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    slow("play", adadfq.Trainer, 1.0)
+    slow("write", training.MetricLog, 100.0)
+    for name in ("save", "restore"):
+        slow(name, training.resume_state, 100.0)
+    slow("save_result", training, 100.0)
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(training.time, name, lambda: clock)
+
+    def pass_time(epoch: int, trainer: adadfq.Trainer) -> None:
+        nonlocal clock
+        clock += 100.0
+
+    trainer = _trainer(on_epoch_end=pass_time)
+    _interrupt_at(6, trainer)
+    trainer.fit(tmp_path / "run")
+    assert trainer.epoch_seconds == trainer.epoch_cpu_seconds == [4.0]
+    resumed = _trainer(on_epoch_end=pass_time)
+    resumed.fit(tmp_path / "run", resume=True)
+    assert resumed.epoch_seconds == resumed.epoch_cpu_seconds == [4.0] * 3
 
 
 @pytest.mark.filterwarnings("ignore:the student will not train")
