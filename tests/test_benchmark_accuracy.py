@@ -313,6 +313,17 @@ def test_a_run_of_another_grid_is_taken_over(trained: Path, files: Path, tmp_pat
     assert rows[0]["base_digest"] == rows[0]["recipe_digest"] != theirs[0]["base_digest"]
 
 
+def test_what_does_not_compare_is_not_taken_over(trained: Path, tmp_path: Path) -> None:
+    content, path = store.read(trained), tmp_path / "other.json"
+    wanted = content["rows"][1]
+    assert store.same_run(trained, accuracy.key, wanted) == wanted
+    assert store.same_run(trained, accuracy.key, {**wanted, "seed": 9}) is None
+    assert store.same_run(trained, accuracy.key, {**wanted, "held_out_digest": "0" * 16}) is None
+    before = {name: value for name, value in wanted.items() if name != "epoch_cpu_seconds"}
+    store.write(path, {**content, "rows": [before]})
+    assert store.same_run(path, accuracy.key, wanted) is None
+
+
 def test_rows_are_merged_under_a_lock(trained: Path, tmp_path: Path) -> None:
     """Many at once, each with a row of its own."""
     content = store.read(trained)
