@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,12 @@ class MetricBuffer:
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
 
-#: TensorBoard is given one of so many steps: writing one takes a millisecond, as long as a GPU takes to play it.
+#: TensorBoard is given one of so many values: those of a step take a millisecond, as long as a GPU takes to play it.
 BOARD_EVERY = 10
 
 
 class MetricLog:
-    """Appends steps to ``metrics.jsonl`` and, where TensorBoard is installed, every tenth to ``tensorboard/``.
+    """Appends steps to ``metrics.jsonl`` and, where TensorBoard is installed, every tenth value to ``tensorboard/``.
 
     Args:
         directory: an existing directory, or None to write nothing.
@@ -58,6 +59,7 @@ class MetricLog:
     def __init__(self, directory: Path | None, keep_steps: int = 0) -> None:
         self._file: Any = None
         self._board: Any = None
+        self._seen: Counter[str] = Counter()  # of each metric: replays lack some
         if directory is None:
             return
         # Truncated where it stands: at no moment are kept lines missing from the file.
@@ -76,9 +78,10 @@ class MetricLog:
         for step, row in enumerate(rows, first_step):
             if self._file is not None:
                 self._file.write(json.dumps(files.finite({"step": step, "epoch": epoch, **row})).encode() + b"\n")
-            if self._board is not None and step % BOARD_EVERY == 0:
-                for name, value in row.items():
+            for name, value in row.items() if self._board is not None else ():
+                if self._seen[name] % BOARD_EVERY == 0:
                     self._board.add_scalar(name, value, step)
+                self._seen[name] += 1
         if self._file is not None:
             self._file.flush()
 

@@ -191,7 +191,7 @@ def ops(
     if judged := judged_text(ratios.judge(content["rows"], content["left_out"], table=table)):
         click.echo(f"\n{judged}")
     _say_what_is_left(content, len(waiting))
-    _exit_if_wrong(content["rows"])
+    _exit_if_wrong(content)
 
 
 def _begin(json_path: Path | None, content: dict[str, Any], resume: bool) -> set[str]:
@@ -220,19 +220,21 @@ def _writer(json_path: Path | None, content: dict[str, Any]) -> Callable[[], Non
 
 
 def _say_what_is_left(content: dict[str, Any], of: int) -> None:
-    from benchmarks.turns import STRIKES
+    from benchmarks.turns import given_up
 
-    given_up = [name for name in content["left_out"] if content["cut_off"].get(name, 0) >= STRIKES]
-    for name in given_up:
-        click.echo(f"not run: {name}, which was begun {STRIKES} times and did not end", err=True)
-    if count := len(content["left_out"]) - len(given_up):
+    if count := len(content["left_out"]) - len(given_up(content)):
         click.echo(f"the time was up: {count} of {of} cases were not run", err=True)
 
 
-def _exit_if_wrong(rows: list[dict[str, Any]]) -> None:
-    if wrong := [row for row in rows if row["status"] == "wrong"]:
-        for row in wrong:
-            click.echo(f"wrong: {row['provider']} on {row['case']}: {row['error']}", err=True)
+def _exit_if_wrong(content: dict[str, Any]) -> None:
+    from benchmarks.turns import STRIKES, given_up
+
+    wrong = [row for row in content["rows"] if row["status"] == "wrong"]
+    for row in wrong:
+        click.echo(f"wrong: {row['provider']} on {row['case']}: {row['error']}", err=True)
+    for name in (stuck := given_up(content)):
+        click.echo(f"given up: {name}, which hung or lost the device {STRIKES} times", err=True)
+    if wrong or stuck:
         sys.exit(EXIT_WRONG)
 
 
@@ -344,7 +346,7 @@ def step(
 
     in_turn(waiting, play, content, _writer(json_path, content), case_limit=case_limit)
     _say_what_is_left(content, len(waiting))
-    _exit_if_wrong(content["rows"])
+    _exit_if_wrong(content)
 
 
 def _integers(_: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:

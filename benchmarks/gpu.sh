@@ -24,8 +24,8 @@
 # --seconds the command begins no stage whose limit does not fit into what is left of them, but gives one that can go on
 # later what is left. A stage that takes longer than its limit fails; what it measured stays in its file, and the same
 # command goes on from there: a training of this project's from its last checkpoint, cases with those that were not yet
-# begun, so that one that hangs or loses the device is the last, and has no third turn. Run it until it says that all
-# stages are done. Outside of git, sources are known by a digest.
+# begun, so that one that hangs or loses the device is the last; after two turns it counts as failed. Run it until it
+# says that all stages are done, or what failed. Outside of git, sources are known by a digest.
 # Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.
@@ -167,11 +167,11 @@ run_sanitizer() {
 run_bench() {
   # Only what a CUDA or Triton kernel serves: the rest would time the reference against itself.
   run --dry-run "$python" -m benchmarks ops --device cuda --suite gpu --kernels-only --rounds 21 --seconds 0.5 \
-    --resume --limit 140 --case-limit 60 --json "$results/ops-cuda.json"
+    --resume --limit 140 --case-limit 45 --json "$results/ops-cuda.json"
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
-  run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
+  [ -n "$again" ] || run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
   run --dry-run "$python" -m benchmarks step --device cuda --providers plain,adadfq,adadfq-bf16 --rounds 21 --seconds 10 \
-    --resume --case-limit 100 --json "$results/step-cuda.json"
+    --resume --json "$results/step-cuda.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-cuda.json" || return "$partial"
 }
 
@@ -195,7 +195,7 @@ run_predicted() {
 run_judged() {
   run --dry-run "$python" -m benchmarks ops --device cuda --suite judged --rounds 21 --seconds 0.5 --resume --limit 480 \
     --case-limit 60 --json "$results/ops-judged-cuda.json"
-  run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" "$results/ops-judged-cuda.json" \
+  [ -n "$again" ] || run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" "$results/ops-judged-cuda.json" \
     --out "$results/routes.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-judged-cuda.json" || return "$partial"
 }
@@ -210,10 +210,8 @@ run_tune() {
   run --help "$python" -m adadfq.kernels.tune "$results/tune/triton-configs.json"
 }
 
-# is_complete FILE: all cases have rows, but those that never end.
 is_complete() {
-  "$python" -c 'import json, sys; from benchmarks.turns import STRIKES; held = json.load(open(sys.argv[1]))
-sys.exit(any(held.get("cut_off", {}).get(name, 0) < STRIKES for name in held["left_out"]))' "$1"
+  "$python" -c 'import json, sys; sys.exit(bool(json.load(open(sys.argv[1]))["left_out"]))' "$1"
 }
 
 # Of --toy: where and how small.
@@ -381,7 +379,7 @@ for stage in "${stages[@]}"; do
   case $stage-$status in
     *-0) [ -z "$commit" ] || echo "$commit" >"$stamp" ;;
     sanitizer-"$left_out") notes+=("stage sanitizer was left out: no compute-sanitizer on PATH, or not for this device") ;;
-    *-"$partial") notes+=("stage $stage is not complete: its time was up; the same command goes on with it") ;;
+    *-"$partial") notes+=("stage $stage is not complete: the same command goes on with it") ;;
     *-124 | *-137) failed+=("stage $stage took longer than $limit s; run again to go on from it") ;;
     *) failed+=("stage $stage failed ($status); run again to go on from it") ;;
   esac

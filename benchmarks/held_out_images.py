@@ -17,6 +17,7 @@ from torch import nn
 
 import adadfq
 from adadfq import game, generator, held_out
+from benchmarks import store
 
 #: From this size on, a generator as for ImageNet, and fewer images: at 224 pixels one takes a CPU 0.2 s to generate.
 LARGE_FROM = 64
@@ -72,7 +73,11 @@ def make(
         f"batch {amount['batch_size']}, {own.image_size} pixels"
     )
     found = adadfq.HeldOut(teacher, own, **amount)
-    if path is not None:
+    if path is None:
+        return found
+    with store.locked(path.parent):
+        if path.is_file():  # by another process meanwhile: all judge by the same images
+            return adadfq.HeldOut.load(path, teacher, own)
         found.save(path)
     return found
 

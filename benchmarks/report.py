@@ -198,7 +198,7 @@ def readme_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
             and (tables := _step_tables(content["rows"]))
         ):
             parts += [_title(path, content["environment"]), tables[0]]
-    return "\n\n".join([BEGIN, *(parts or [_NOTHING]), END])
+    return "\n\n".join([BEGIN, *(parts or ["No step is stored yet: `python -m benchmarks step` measures."]), END])
 
 
 def speed_block(stored: Sequence[tuple[Path, dict[str, Any]]]) -> str:
@@ -238,7 +238,7 @@ def _file_block(path: Path, content: dict[str, Any]) -> str:
             if table
         ]
     if left_out := content["left_out"]:
-        parts.append(f"{len(left_out)} cases were left out when the time was up.")
+        parts.append(f"{len(left_out)} cases were left out.")
     for status, text in (("wrong", "Not right, and so without a time: "), ("unavailable", "Could not be run: ")):
         if found := sorted({f"{row['provider']} on `{row['case']}`" for row in rows if row["status"] == status}):
             parts.append(text + ", ".join(found) + ".")

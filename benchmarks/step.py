@@ -28,6 +28,7 @@ from benchmarks.contest import Setting, Start, Step
 from benchmarks.players import KINDS, OURS, Kind, Player, Unavailable
 from benchmarks.providers import Provider
 from benchmarks.room import Room
+from benchmarks.turns import check_device
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,13 @@ def prepared(
     start = Start(setting, device)
     noise, labels = start.draw()
     for entry in entries:
-        _enter(entry, start, authors, noise, labels)
+        what = f"{entry.kind.name} on {setting.case()}"
+        try:
+            _enter(entry, start, authors, noise, labels)
+        except RuntimeError:
+            check_device(device, what)
+            raise
+        check_device(device, what)
     want = entries[-1].step
     assert want is not None
     for entry in entries:

@@ -1,8 +1,9 @@
 """The JSON files of results: their fields, reading, and writing.
 
 A file is ``{"format", "version", "kind", "environment", "options", "left_out", "rows"}``, its kind one of
-:data:`FIELDS`. A measured row carries its environment too, so that rows of several files can be put together. Times are
-in milliseconds unless their names say otherwise, sizes in bytes.
+:data:`FIELDS`; ``"cut_off"`` and ``"stuck"`` are of :func:`benchmarks.turns.in_turn`. A measured row carries its
+environment too, so that rows of several files can be put together. Times are in milliseconds unless their names say
+otherwise, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -270,7 +271,7 @@ def merge(path: Path, content: dict[str, Any], key: Callable[[dict[str, Any]], s
     Raises:
         InvalidInputError: as :func:`read` and :func:`write`, or the file is of another kind.
     """
-    with _locked(path.parent):
+    with locked(path.parent):
         merged = dict(content)
         if path.exists():
             before = read(path)
@@ -315,7 +316,7 @@ def go_on_from(path: Path, content: dict[str, Any]) -> str | None:
         return reason
     wrong = {row["case"] for row in before["rows"] if row["status"] == "wrong"}
     content["rows"] = [row for row in before["rows"] if row["case"] not in wrong]
-    content["cut_off"] = before.get("cut_off", {})
+    content["cut_off"], content["stuck"] = before.get("cut_off", {}), before.get("stuck", {})
     return None
 
 
@@ -334,7 +335,7 @@ def same_run(path: Path, key: Callable[[Mapping[str, Any]], str], wanted: Mappin
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Alone among the processes that do the same; a process that ends lets go, however it ends."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

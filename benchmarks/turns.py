@@ -14,11 +14,11 @@ import torch
 
 from adadfq.errors import AdadfqError
 
-__all__ = ["EXIT_UNFINISHED", "STRIKES", "DeviceLostError", "check_device", "in_turn"]
+__all__ = ["EXIT_UNFINISHED", "STRIKES", "DeviceLostError", "check_device", "given_up", "in_turn"]
 
 #: Status of a command that the same command is to go on with.
 EXIT_UNFINISHED = 75
-#: A case that was begun so often and never ended is begun no more.
+#: A case that has hung, or lost the device, so often is begun no more.
 STRIKES = 2
 _AGAIN = "the same command with --resume goes on with the others, and comes to it last"
 
@@ -60,44 +60,51 @@ def in_turn(
         cases: by name.
         play: puts the rows of a case into `content`.
         content: of the file. `left_out` names the case that is played and those still to come. `cut_off` counts how
-            often a case was begun and did not end; the more often, the later its turn, and from :data:`STRIKES` on it
-            has none.
+            often a case was begun and did not end, for whatever reason: the more often, the later its turn. `stuck`
+            counts how often it hung or lost the device: from :data:`STRIKES` on it has no turn.
         write: writes `content`.
         limit: begin no case after so many seconds.
         case_limit: end the process, with :data:`EXIT_UNFINISHED`, within a case that takes longer: what waits for a
             device cannot be interrupted.
     """
-    strikes = content.setdefault("cut_off", {})
-    waiting = sorted(cases, key=lambda name: strikes.get(name, 0))
+    begun, stuck = content.setdefault("cut_off", {}), content.setdefault("stuck", {})
+    lost = [name for name in cases if stuck.get(name, 0) >= STRIKES]
+    waiting = sorted((name for name in cases if name not in lost), key=lambda name: begun.get(name, 0))
     start = time.monotonic()
     while True:
-        content["left_out"] = list(waiting)
-        if not waiting or strikes.get(waiting[0], 0) >= STRIKES or _is_over(start, limit):
+        content["left_out"] = [*waiting, *lost]
+        if not waiting or (limit is not None and time.monotonic() - start > limit):
             write()
             return
         name = waiting[0]
-        strikes[name] = strikes.get(name, 0) + 1
+        begun[name] = begun.get(name, 0) + 1
         write()
-        try:
-            with _watched(name, case_limit):
-                play(cases[name])
-        except KeyboardInterrupt:
-            strikes[name] -= 1
+
+        def strike(name: str = name) -> None:
+            stuck[name] = stuck.get(name, 0) + 1
             write()
+
+        try:
+            with _watched(name, case_limit, strike):
+                play(cases[name])
+        except DeviceLostError:
+            strike()
             raise
-        del strikes[name], waiting[0]
+        del begun[name], waiting[0]
+        stuck.pop(name, None)
 
 
-def _is_over(start: float, limit: float | None) -> bool:
-    return limit is not None and time.monotonic() - start > limit
+def given_up(content: Mapping[str, Any]) -> list[str]:
+    """The cases that have no turn any more."""
+    return [name for name in content["left_out"] if content.get("stuck", {}).get(name, 0) >= STRIKES]
 
 
 @contextmanager
-def _watched(name: str, seconds: float | None) -> Iterator[None]:
+def _watched(name: str, seconds: float | None, strike: Callable[[], None]) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    timer = threading.Timer(seconds, _give_up, (name, seconds))
+    timer = threading.Timer(seconds, _give_up, (name, seconds, strike))
     timer.daemon = True
     timer.start()
     try:
@@ -106,7 +113,8 @@ def _watched(name: str, seconds: float | None) -> Iterator[None]:
         timer.cancel()
 
 
-def _give_up(name: str, seconds: float) -> None:
+def _give_up(name: str, seconds: float, strike: Callable[[], None]) -> None:
+    strike()
     sys.stdout.flush()
     print(f"error: {name} took longer than {seconds:g} s: {_AGAIN}", file=sys.stderr, flush=True)
     os._exit(EXIT_UNFINISHED)

@@ -7,12 +7,11 @@ takes the runs that no other has.
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,34 @@ from benchmarks import store
 __all__ = ["Place", "forget", "take"]
 
 ROOT = Path(__file__).parents[1]
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        content = path.read_bytes()
+        found.update(f"{path.name} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
+def _sources(root: Path = ROOT) -> str:
+    """SHA-256 of the package with its recipes and routes, the native sources, and the benchmarks."""
+    patterns = ("adadfq/**/*.py", "adadfq/**/*.json", "kernels/**/*.py", "csrc/**/*.*", "benchmarks/*.py")
+    paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    return _digest(path for path in paths if not path.name.startswith("_build_info"))
+
+
+def _chosen() -> dict[str, Any]:
+    """What the environment says of the kernels to use."""
+    routes = os.environ.get("ADADFQ_ROUTES")
+    return {
+        "ADADFQ_BACKEND": os.environ.get("ADADFQ_BACKEND"),
+        "ADADFQ_ROUTES": _digest([Path(routes)]) if routes and Path(routes).is_file() else routes,
+    }
+
+
+#: Of the code that this process has read, as far as it has when this module is.
+SOURCES = _sources()
 #: What has to be the same where a training goes on: the commit is not among it, its sources are.
 KNOWN = (*(name for name in store.KNOWN if not name.startswith("git_")), "held_out_digest")
 
@@ -42,7 +69,7 @@ class Place:
 
     def __init__(self, folder: Path, descriptor: int, environment: Mapping[str, Any]) -> None:
         self._folder, self._descriptor, self._removed = folder, descriptor, False
-        self._known = {name: environment.get(name) for name in KNOWN} | {"sources": sources()}
+        self._known = {name: environment.get(name) for name in KNOWN} | {"sources": SOURCES} | _chosen()
         self.training = folder / "training"
         self._scores, self._row = folder / "scores.json", folder / "row.json"
         self.scores: dict[str, list[Any]] = {}
@@ -129,14 +156,3 @@ def forget(folder: Path, key: str) -> None:
 
 def _path(folder: Path, key: str) -> Path:
     return folder / f".run-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-
-@functools.cache
-def sources() -> str:
-    """SHA-256 of all that decides what a training computes: the package, its recipes and the benchmarks."""
-    paths = [*ROOT.glob("adadfq/**/*.py"), *ROOT.glob("adadfq/recipes/*.json"), *ROOT.glob("benchmarks/*.py")]
-    found = hashlib.sha256()
-    for path in sorted([*paths, *ROOT.glob("kernels/**/*.py"), *(p for p in ROOT.glob("csrc/**/*") if p.is_file())]):
-        content = path.read_bytes()
-        found.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
-    return found.hexdigest()

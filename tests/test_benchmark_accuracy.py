@@ -263,6 +263,22 @@ def test_held_out_images_are_made_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(said) == 4 and len(list(tmp_path.iterdir())) == 3
 
 
+def test_processes_that_make_held_out_images_at_once_use_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, recipe = digits.load_teacher(), adadfq.Recipe.named("digits")
+    make = adadfq.HeldOut
+    others = make(teacher, held_out_images.shape(recipe), **{**FEW, "seed": 5})
+
+    class Late(make):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            others.save(tmp_path / f".held-out-{held_out_images._name(teacher, self.recipe, FEW)}.pt")
+
+    monkeypatch.setattr(adadfq, "HeldOut", Late)
+    assert held_out_images.make(teacher, recipe, tmp_path, lambda _: None).digest == others.digest
+
+
 def test_two_processes_write_one_file(trained: Path, files: Path, tmp_path: Path) -> None:
     """What another wrote since this one read is kept, and not trained again."""
     path, rows = tmp_path / "grid.json", store.read(trained)["rows"]

@@ -93,7 +93,7 @@ def test_step(environment: dict[str, Any], tmp_path: Path) -> None:
     short = readme.readme_block([(Path("ops.json"), {"kind": "ops"}), (Path("step.json"), content)])
     assert "against plain" in short and "where its time goes" not in short and "ops.json" not in short
     scaling = {**content, "options": {"scaling": True}}
-    assert "Nothing measured yet" in readme.readme_block([(Path("step.json"), scaling)])
+    assert "No step is stored yet" in readme.readme_block([(Path("step.json"), scaling)])
 
 
 def test_every_other_player_is_held_to_the_reference(

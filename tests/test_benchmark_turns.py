@@ -13,8 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import ops, store, turns
+from benchmarks import ops, step, store, turns
 from benchmarks.__main__ import main
+from benchmarks.contest import Setting
 from benchmarks.environment import describe
 
 CASES = {"a": 1, "b": 2, "c": 3}
@@ -42,11 +43,20 @@ def test_the_file_names_what_is_still_to_come() -> None:
 
 def test_no_case_begins_after_the_limit() -> None:
     content: dict[str, Any] = {}
-    assert played(content, limit=0) == [] and content == {"left_out": ["a", "b", "c"], "cut_off": {}}
+    assert played(content, limit=0) == [] and content == {"left_out": ["a", "b", "c"], "cut_off": {}, "stuck": {}}
 
 
-def test_cases_that_never_end_leave_the_others_their_turns() -> None:
-    """Each call dies within the first that hangs; two of four do."""
+@pytest.mark.parametrize(
+    ("death", "calls_expected", "left"),
+    [
+        (turns.DeviceLostError, ["a", "b", "cda", "b", ""], ["a", "b"]),  # given up after two turns each
+        (SystemExit, ["a", "b", "cda", "b", "a", "b", "a", "b"], ["b", "a"]),  # killed: may be anybody's fault
+    ],
+)
+def test_cases_that_end_their_calls_leave_the_others_their_turns(
+    death: type[BaseException], calls_expected: list[str], left: list[str]
+) -> None:
+    """Each call dies within the first of two cases of four."""
     cases = {name: name for name in "abcd"}
     content: dict[str, Any] = {}
     calls: list[str] = []
@@ -54,34 +64,27 @@ def test_cases_that_never_end_leave_the_others_their_turns() -> None:
     def play(case: str) -> None:
         calls[-1] += case
         if case in "ab":
-            raise SystemExit
+            raise death
 
-    while not calls or calls[-1]:
+    while len(calls) < 8 and (not calls or calls[-1]):
         calls.append("")
         done = set("".join(calls)) - set("ab")
-        with suppress(SystemExit):
+        with suppress(death):
             turns.in_turn({name: case for name, case in cases.items() if name not in done}, play, content, lambda: None)
-    assert calls == ["a", "b", "cda", "b", ""]
-    assert content == {"left_out": ["a", "b"], "cut_off": {"a": 2, "b": 2}}
+    assert calls == calls_expected and content["left_out"] == left
+    assert turns.given_up(content) == (["a", "b"] if death is turns.DeviceLostError else [])
 
 
-def test_an_interrupt_is_no_strike() -> None:
-    content: dict[str, Any] = {}
-
-    def interrupted(case: int) -> None:
-        raise KeyboardInterrupt
-
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            turns.in_turn(CASES, interrupted, content, lambda: None)
-    assert content["cut_off"] == {"a": 0} and played(content) == [1, 2, 3]
+def test_a_case_that_ends_at_last_has_no_strikes_left() -> None:
+    content = {"stuck": {"a": 1}, "cut_off": {"a": 1}}
+    assert played(content) == [2, 3, 1] and content == {"left_out": [], "cut_off": {}, "stuck": {}}
 
 
 def test_a_case_that_never_ends_ends_the_process(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from benchmarks import turns\n"
         "content = {}\n"
-        "write = lambda: Path(sys.argv[1]).write_text(','.join(content['left_out']))\n"
+        "write = lambda: Path(sys.argv[1]).write_text(str([content['left_out'], content['stuck']]))\n"
         "play = lambda case: (print(case), time.sleep(case))\n"
         "turns.in_turn({'a': 0, 'b': 600}, play, content, write, case_limit=3)\n"
     )
@@ -89,7 +92,7 @@ def test_a_case_that_never_ends_ends_the_process(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
     assert done.returncode == turns.EXIT_UNFINISHED and done.stdout == "0\n600\n"
     assert done.stderr.startswith("error: b took longer than 3 s: the same command with --resume")
-    assert (tmp_path / "left_out").read_text() == "b"
+    assert (tmp_path / "left_out").read_text() == "[['b'], {'b': 1}]"
 
 
 def test_a_case_in_time_leaves_no_watch_behind() -> None:
@@ -137,13 +140,29 @@ def test_ops_come_last_to_a_case_that_lost_the_device(tmp_path: Path, monkeypatc
     losing = False
     done = CliRunner().invoke(main, [*COMMAND, "--resume", "--json", str(path)])
     content = store.read(path)
-    assert done.exit_code == 0 and content["left_out"] == [] and content["cut_off"] == {}
+    assert done.exit_code == 0 and content["left_out"] == [] and content["cut_off"] == content["stuck"] == {}
     assert list(dict.fromkeys(row["case"] for row in content["rows"])) == cut_off["left_out"][::-1]
 
-    # Twice is enough.
-    store.write(path, {**cut_off, "cut_off": {cut_off["left_out"][0]: 2}})
+    # Twice is enough, and no success.
+    store.write(path, {**cut_off, "stuck": {cut_off["left_out"][0]: 2}})
     done = CliRunner().invoke(main, [*COMMAND, "--resume", "--json", str(path)])
     content = store.read(path)
-    assert done.exit_code == 0 and content["left_out"] == cut_off["left_out"][:1]
-    assert f"not run: {cut_off['left_out'][0]}, which was begun 2 times" in done.output
+    assert done.exit_code == 1 and content["left_out"] == cut_off["left_out"][:1]
+    assert f"given up: {cut_off['left_out'][0]}, which hung or lost the device 2 times" in done.output
     assert "the time was up" not in done.output
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_step_that_loses_the_device_says_so(monkeypatch: pytest.MonkeyPatch, raises: bool) -> None:
+    def check(device: torch.device, what: str) -> None:
+        raise turns.DeviceLostError(what)
+
+    def enter(*_: Any) -> None:
+        if raises:
+            raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(step, "check_device", check)
+    monkeypatch.setattr(step, "_enter", enter)
+    setting = Setting(batch_size=4, image_size=8)
+    with pytest.raises(turns.DeviceLostError, match="^plain on step/resnet20@8/b4/w4a4$"):
+        step.run_step(setting, torch.device("cpu"), describe(torch.device("cpu")), 5, 0, None, ("plain",))

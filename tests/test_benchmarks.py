@@ -912,7 +912,7 @@ def test_readme_is_made_from_the_stored_files(measured: Path, tmp_path: Path) ->
     assert readme.stale(page, results) == []
 
     store.write(results / "partial.json", content | {"rows": [], "left_out": ["all"]})
-    assert readme.update(page, results) == [page] and "1 cases were left out" in page.read_text()
+    assert readme.update(page, results) == [page] and "1 cases were left out." in page.read_text()
     assert readme.stale(page, results) == []
 
     content["environment"]["native_matches_sources"] = False
@@ -1441,28 +1441,13 @@ def test_gpu_sh_goes_on_after_a_case_that_hangs(machinery: Path, standing_in: di
     done = gpu_sh(str(results), **standing_in)
     assert done.returncode == 0 and "note: stage bench is not complete" in done.stdout
     made = [line.split()[3] for line in (machinery / "log").read_text().splitlines() if "-m benchmarks" in line]
-    assert made == ["ops", "routes", "step"] and "bench" not in stamped(results)
+    assert made == ["ops", "step"] and "bench" not in stamped(results)  # routes want times of all
     # What fails otherwise fails, whatever was unfinished before.
     (machinery / "fail").write_text("benchmarks ops\n")
     script = machinery / "bin" / "python"
     script.write_text(f'{script.read_text()}case "$*" in *"benchmarks step"*) exit 1 ;; esac\n')
     done = gpu_sh("--only", "bench", str(results), **standing_in)
     assert done.returncode == 1 and "exit status 1 of:" in done.stderr
-
-
-def test_gpu_sh_has_done_with_cases_that_never_end(tmp_path: Path) -> None:
-    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    start = script.index("is_complete() {")
-    function = script[start : script.index("\n}\n", start) + 3]
-    for cut_off, left_out, status in (
-        ({}, [], 0),
-        ({"a": 2}, ["a"], 0),
-        ({"a": 1}, ["a"], 1),
-        ({"a": 2}, ["a", "b"], 1),
-    ):
-        (tmp_path / "x.json").write_text(json.dumps({"cut_off": cut_off, "left_out": left_out}))
-        command = f"python={sys.executable}\n{function}\nis_complete {tmp_path}/x.json"
-        assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == status
 
 
 def test_gpu_sh_leaves_no_stamps_where_files_are_changed(machinery: Path, standing_in: dict[str, str]) -> None:

@@ -196,6 +196,16 @@ def test_metrics_go_to_tensorboard_where_it_is_installed(tmp_path: Path) -> None
     assert shown == pytest.approx({step: lines[step]["loss_student"] for step in (0, 10)}, rel=1e-6)
 
 
+def test_tensorboard_is_shown_replays_and_steps(tmp_path: Path) -> None:
+    shown: list[tuple[str, int]] = []
+    log = training.MetricLog(None)
+    log._board = mock.Mock(add_scalar=lambda name, value, step: shown.append((name, step)))
+    rows = [{"loss_student": 1.0} if step % 2 else {"loss_student": 1.0, "h_prime": 0.5} for step in range(45)]
+    log.write(5, 0, rows)
+    assert [step for name, step in shown if name == "loss_student"] == [5, 15, 25, 35, 45]
+    assert [step for name, step in shown if name == "h_prime"] == [5, 25, 45]
+
+
 def test_without_tensorboard_there_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adadfq.metrics.importlib.util, "find_spec", lambda name: None)
     _trainer().fit(tmp_path / "run")
