@@ -180,18 +180,16 @@ def _label(group: Summary, others: Sequence[Summary]) -> str:
 
 
 def _reached(group: Summary, others: Sequence[Summary]) -> str | None:
-    """When this project's run first had what the authors' has at its end."""
+    """When this project's run, if it ends no lower, first had what the authors' has at its end."""
     rival = statistics.rival(group, others)
-    if rival is None or rival.mean is None:
+    if rival is None or rival.mean is None or group.mean is None or group.mean < rival.mean:
         return None
     ours, theirs = statistics.seconds_to(group, rival.mean), rival.average(statistics.seconds)
     if ours is None or not theirs:
         return None
     clock = {"epoch_cpu_seconds": "processor time", "epoch_seconds": "wall time"}[statistics.clock(group.rows[0])]
-    return (
-        f"{_label(group, others)} has the authors' last accuracy ({rival.mean:.2f}) after {100 * ours / theirs:.0f} % "
-        f"of their {clock}."
-    )
+    share = f"{100 * ours / theirs:.0f} % of their {clock}"
+    return f"{_label(group, others)} first has the authors' last accuracy ({rival.mean:.2f}) after {share}."
 
 
 def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str]:

@@ -110,13 +110,22 @@ def test_side_by_side(results: Path) -> None:
     assert "### resnet20 3w3a" in text
     assert "has 90.00 on the 5000 images of `images.zip`, with a standard error of 0.42" in text
     # 80 of 85 is reached in the 9th of ten epochs, each a tenth of the authors' in time.
-    line = f"- adadfq, {name} has the authors' last accuracy (80.00) after 9 % of their processor time."
+    line = f"- adadfq, {name} first has the authors' last accuracy (80.00) after 9 % of their processor time."
     assert line in text and text.count(COMMAND) == 2
     assert "| processor's s |" in text and "wall time" not in text
 
 
 def on_gpu(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "device": "cuda"}
+
+
+def test_an_accuracy_that_was_lost_again_was_not_reached() -> None:
+    """A run may pass the authors' last accuracy on its way to a lower one."""
+    passing = row(78.0, accuracies=[*[81.0] * 9, 78.0])
+    stored = {Path("accuracy-x.json"): content(row(80.0, player="authors", h_prime_quantiles=None), passing)}
+    assert "first has" not in results_page.content(stored)
+    stored = {Path("accuracy-x.json"): content(row(78.0, player="authors", h_prime_quantiles=None), passing)}
+    assert "first has" in results_page.content(stored)
 
 
 def test_on_a_gpu_the_clock_is_the_walls() -> None:
