@@ -78,10 +78,11 @@ class MetricLog:
         for step, row in enumerate(rows, first_step):
             if self._file is not None:
                 self._file.write(json.dumps(files.finite({"step": step, "epoch": epoch, **row})).encode() + b"\n")
-            for name, value in row.items() if self._board is not None else ():
-                if self._seen[name] % BOARD_EVERY == 0:
-                    self._board.add_scalar(name, value, step)
-                self._seen[name] += 1
+            if self._board is not None:
+                for name, value in row.items():
+                    if self._seen[name] % BOARD_EVERY == 0:
+                        self._board.add_scalar(name, value, step)
+                    self._seen[name] += 1
         if self._file is not None:
             self._file.flush()
 

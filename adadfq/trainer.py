@@ -437,7 +437,7 @@ class Trainer:
                 self.on_epoch_end(self.epoch - 1, self)
             self.student.eval()
             self.generator.train()
-            if self._captured and self._memory() != before:
+            if self._memory() != before:
                 self._captured = {}  # it has put other tensors in place, or changed what optimizers read of Python
         if self._directory is not None and self.epoch < recipe.epochs and time.monotonic() >= self._checkpoint_due:
             begun = time.monotonic()

@@ -114,6 +114,7 @@ def train_grid(
         return key(row) in {key(other) for other in done()}
 
     runs, left = check_grid(grid, authors), 0
+    known = {} if folder is None else unfinished.known(environment)
     teachers: dict[Any, _Teacher] = {}
     held_out: dict[Any, adadfq.HeldOut] = {}
     digest = None if weights is None else files.sha256(weights)
@@ -154,28 +155,28 @@ def train_grid(
         row["held_out_digest"] = held_out[inputs].digest
         place = None
         if folder is not None:
-            place = unfinished.take(folder, key(row), {**environment, "held_out_digest": row["held_out_digest"]})
+            place = unfinished.take(folder, key(row), {**known, "held_out_digest": row["held_out_digest"]})
             if place is None:
                 left += 1
                 say(f"seed {run.seed} of {run.weight_bits}w{run.act_bits}a {run.variant}: another process trains it")
                 continue
         with place or nullcontext():
-            # Another process may have ended this run until the place was free.
-            found = None if is_done(row) else elsewhere(row)
-            if place is not None and found is None:
-                found = place.row()
-            if found is not None:
-                yield found | {"variant": run.variant, "base_digest": run.base_digest}
-            elif not is_done(row):
-                scorer = EpochScores(teacher.images, held_out[inputs], recipe.warmup_epochs, place)
-                student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
-                if authors is None:
-                    row |= _train(run, teacher.network, student, scorer, device, place, say)
+            if not is_done(row):  # by the process that had the place until now
+                other = elsewhere(row)
+                if other is None and place is not None:
+                    other = place.row()
+                if other is not None:
+                    yield other | {"variant": run.variant, "base_digest": run.base_digest}
                 else:
-                    row |= _train_authors(run, teacher.network, student, scorer, device, authors)
-                if place is not None:
-                    place.keep_row(row)
-                yield row
+                    scorer = EpochScores(teacher.images, held_out[inputs], recipe.warmup_epochs, place)
+                    student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
+                    if authors is None:
+                        row |= _train(run, teacher.network, student, scorer, device, place, say)
+                    else:
+                        row |= _train_authors(run, teacher.network, student, scorer, device, authors)
+                    if place is not None:
+                        place.keep_row(row)
+                    yield row
             if place is not None:
                 place.remove()
     if left:

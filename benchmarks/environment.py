@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,17 @@ def machine(environment: dict[str, Any]) -> str:
 
 def digest_of_sources(folder: Path = _ROOT / "csrc") -> str | None:
     """SHA-256 of the names and contents of all files of `folder`, as setup.py records it; None where there are none."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return digest_of_files(paths, folder) if paths else None
+
+
+def digest_of_files(paths: Iterable[Path], folder: Path) -> str:
+    """SHA-256 of the names, as seen from `folder`, and the contents of files."""
     found = hashlib.sha256()
-    for path in paths:
+    for path in sorted(paths):
         content = path.read_bytes()
         found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
-    return found.hexdigest() if paths else None
+    return found.hexdigest()
 
 
 def native_matches(build: dict[str, Any] | None) -> bool | None:

@@ -287,15 +287,6 @@ def merge(path: Path, content: dict[str, Any], key: Callable[[dict[str, Any]], s
         return merged
 
 
-def reason_against(before: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Why cases measured in one environment are not to be gone on with in another; None where nothing is against it."""
-    if different := [name for name in KNOWN if before[name] != here[name]]:
-        return f"it differs in {', '.join(different)}"
-    if not here["git_commit"] or here["git_dirty"]:
-        return "files are changed, or nobody knows the commit"
-    return None
-
-
 def go_on_from(path: Path, content: dict[str, Any]) -> str | None:
     """Put into `content` what the file at `path` holds, where it was begun alike, on such a machine at the same commit.
 
@@ -311,9 +302,11 @@ def go_on_from(path: Path, content: dict[str, Any]) -> str | None:
         return None
     before, here = read(path), content["environment"]
     different = [part for part in ("kind", "options") if before[part] != content[part]]
-    reason = f"it differs in {', '.join(different)}" if different else reason_against(before["environment"], here)
-    if reason is not None:
-        return reason
+    different += [name for name in KNOWN if before["environment"][name] != here[name]]
+    if different:
+        return f"it differs in {', '.join(different)}"
+    if not here["git_commit"] or here["git_dirty"]:
+        return "files are changed, or nobody knows the commit"
     wrong = {row["case"] for row in before["rows"] if row["status"] == "wrong"}
     content["rows"] = [row for row in before["rows"] if row["case"] not in wrong]
     content["cut_off"], content["stuck"] = before.get("cut_off", {}), before.get("stuck", {})

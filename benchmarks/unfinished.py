@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,40 +21,28 @@ from adadfq import files
 from adadfq.errors import InvalidInputError
 from adadfq.result import CHECKPOINT
 from benchmarks import store
+from benchmarks.environment import digest_of_files
 
-__all__ = ["Place", "forget", "take"]
+__all__ = ["Place", "forget", "known", "take"]
 
 ROOT = Path(__file__).parents[1]
+#: Of the package with its recipes and routes, the native sources, and the benchmarks.
+SOURCES = ("adadfq/**/*.py", "adadfq/**/*.json", "kernels/**/*.py", "csrc/**/*.*", "benchmarks/*.py")
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    found = hashlib.sha256()
-    for path in sorted(paths):
-        content = path.read_bytes()
-        found.update(f"{path.name} {len(content)}\n".encode() + content)
-    return found.hexdigest()
+def known(environment: Mapping[str, Any], root: Path = ROOT) -> dict[str, Any]:
+    """What has to be the same where a training goes on: the commit is not among it, its sources are.
 
-
-def _sources(root: Path = ROOT) -> str:
-    """SHA-256 of the package with its recipes and routes, the native sources, and the benchmarks."""
-    patterns = ("adadfq/**/*.py", "adadfq/**/*.json", "kernels/**/*.py", "csrc/**/*.*", "benchmarks/*.py")
-    paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
-    return _digest(path for path in paths if not path.name.startswith("_build_info"))
-
-
-def _chosen() -> dict[str, Any]:
-    """What the environment says of the kernels to use."""
+    To be asked when the code was just read: what is edited later is not what runs.
+    """
+    paths = {path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}
     routes = os.environ.get("ADADFQ_ROUTES")
     return {
+        **{name: environment.get(name) for name in store.KNOWN if not name.startswith("git_")},
+        "sources": digest_of_files((path for path in paths if not path.name.startswith("_build_info")), root),
         "ADADFQ_BACKEND": os.environ.get("ADADFQ_BACKEND"),
-        "ADADFQ_ROUTES": _digest([Path(routes)]) if routes and Path(routes).is_file() else routes,
+        "ADADFQ_ROUTES": files.sha256(routes) if routes and Path(routes).is_file() else routes,
     }
-
-
-#: Of the code that this process has read, as far as it has when this module is.
-SOURCES = _sources()
-#: What has to be the same where a training goes on: the commit is not among it, its sources are.
-KNOWN = (*(name for name in store.KNOWN if not name.startswith("git_")), "held_out_digest")
 
 
 class Place:
@@ -67,9 +55,9 @@ class Place:
         scores: of the epochs behind the checkpoint, and perhaps of later ones; empty for a new run.
     """
 
-    def __init__(self, folder: Path, descriptor: int, environment: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, descriptor: int, known: Mapping[str, Any]) -> None:
         self._folder, self._descriptor, self._removed = folder, descriptor, False
-        self._known = {name: environment.get(name) for name in KNOWN} | {"sources": SOURCES} | _chosen()
+        self._known = known
         self.training = folder / "training"
         self._scores, self._row = folder / "scores.json", folder / "row.json"
         self.scores: dict[str, list[Any]] = {}
@@ -78,11 +66,11 @@ class Place:
         """Whether a training is there to go on with; otherwise the folder is emptied, and `say` told why."""
         if (self.training / CHECKPOINT).is_file():
             # A checkpoint of an epoch before the first that is scored has none.
-            before = json.loads(self._scores.read_text(encoding="utf-8")) if self._scores.is_file() else {"scores": {}}
+            scores = json.loads(self._scores.read_text(encoding="utf-8")) if self._scores.is_file() else {}
             begun = json.loads((self._folder / "known.json").read_text(encoding="utf-8"))
             different = [name for name in self._known if begun.get(name) != self._known[name]]
             if not different:
-                self.scores = before["scores"]
+                self.scores = scores
                 return True
             say(f"begun anew: it differs in {', '.join(different)}")
         self.begin_anew()
@@ -97,7 +85,7 @@ class Place:
 
     def keep(self, scores: Mapping[str, list[Any]]) -> None:
         """Write the scores of all epochs so far, before the trainer writes its checkpoint."""
-        files.write_json(self._scores, {"scores": scores})
+        files.write_json(self._scores, scores)
 
     def keep_row(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a training that has ended until it is stored."""
@@ -126,8 +114,12 @@ class Place:
         os.close(self._descriptor)
 
 
-def take(folder: Path, key: str, environment: Mapping[str, Any]) -> Place | None:
-    """The place of the run `key` beside the results in `folder`; None where another process has it."""
+def take(folder: Path, key: str, known: Mapping[str, Any]) -> Place | None:
+    """The place of the run `key` beside the results in `folder`; None where another process has it.
+
+    Args:
+        known: what has to be the same where its training goes on.
+    """
     path = _path(folder, key)
     while True:
         try:
@@ -138,7 +130,7 @@ def take(folder: Path, key: str, environment: Mapping[str, Any]) -> Place | None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return Place(path, descriptor, environment)
+                return Place(path, descriptor, known)
         except BlockingIOError:
             os.close(descriptor)
             return None

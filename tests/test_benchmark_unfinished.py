@@ -66,6 +66,15 @@ class Folder:
         for row in found:
             self.rows.append(row)
 
+    def interrupted(self, at: int) -> Path:
+        """Train until Ctrl-C after so many steps of all runs; the place that is left."""
+        with pytest.MonkeyPatch.context() as patch:
+            steps_played(patch, at, lambda: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                self.train()
+        (place,) = self.places()
+        return place
+
     def places(self) -> list[Path]:
         return sorted(self.path.glob(".run-*"))
 
@@ -95,10 +104,6 @@ def steps_played(monkeypatch: pytest.MonkeyPatch, at: int | None = None, stop: A
     return played
 
 
-def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
-
-
 def die() -> None:
     raise SystemExit("killed")
 
@@ -106,11 +111,8 @@ def die() -> None:
 def test_an_interrupted_run_goes_on_within_its_epoch(
     folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps_played(monkeypatch, at=15 + 10, stop=interrupt)  # the second run's epoch 3, of 0 to 4
-    with pytest.raises(KeyboardInterrupt):
-        folder.train()
-    monkeypatch.undo()
-    assert len(folder.rows) == 1 and len(folder.places()) == 1
+    folder.interrupted(at=15 + 10)  # the second run's epoch 3, of 0 to 4
+    assert len(folder.rows) == 1
     played = steps_played(monkeypatch)
     folder.train()
     assert played == [11, 12, 13, 14] and folder.said[1:] == []  # the first is of held-out images
@@ -131,11 +133,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
         with pytest.raises(SystemExit):
             folder.train()
     (place,) = folder.places()
-    kept = json.loads((place / "scores.json").read_text())["scores"]
+    kept = json.loads((place / "scores.json").read_text())
     assert [len(kept[name]) for name in ("accuracies", "signals")] == [3, 3]
     played = steps_played(monkeypatch)
     folder.train()
-    assert played[: -len(range(15))] == list(range(12 if seconds == 0 else 3, 15))
+    assert played[:-15] == list(range(12 if seconds == 0 else 3, 15))
     assert timeless(folder.rows) == timeless(unbroken) and folder.places() == []
     assert [[len(row[name]) for name in TIMES[2:]] for row in folder.rows] == [[5, 5]] * 2
 
@@ -144,11 +146,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
 def test_a_run_begun_otherwise_begins_anew(
     folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    with monkeypatch.context() as patch:
-        steps_played(patch, at=7, stop=interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            folder.train()
-    (place,) = folder.places()
+    place = folder.interrupted(at=7)
     known = json.loads((place / "known.json").read_text())
     assert known["held_out_digest"] == unbroken[0]["held_out_digest"] and len(known["sources"]) == 64
     (place / "known.json").write_text(json.dumps({**known, change: "other"}))
@@ -162,10 +160,7 @@ def test_a_commit_of_the_same_sources_is_gone_on_with(
     folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Storing a row, and committing it, changes the commit."""
-    with monkeypatch.context() as patch:
-        steps_played(patch, at=7, stop=interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            folder.train()
+    folder.interrupted(at=7)
     played = steps_played(monkeypatch)
     folder.train({**HERE, "git_commit": "b" * 40, "git_dirty": True})
     assert played == [*range(8, 15), *range(15)]
@@ -183,29 +178,23 @@ def test_the_sources_are_all_that_a_training_runs(tmp_path: Path, monkeypatch: p
     for name in (*names, "benchmarks/accuracy.py", "adadfq/_build_info.x.json", "benchmarks/results/ops.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before")
-    found = [unfinished._sources(tmp_path)]
-    for name in names:
+    found = [unfinished.known(HERE, tmp_path)]
+    for name in (*names, "benchmarks/accuracy.py"):
         (tmp_path / name).write_text("after")
-        found.append(unfinished._sources(tmp_path))
-    assert len(set(found)) == len(found)
+        found.append(unfinished.known(HERE, tmp_path))
+    assert len({each["sources"] for each in found}) == len(found) == 7
     for name in ("adadfq/_build_info.x.json", "benchmarks/results/ops.json"):
         (tmp_path / name).write_text("after")
-    assert unfinished._sources(tmp_path) == found[-1]
+    assert unfinished.known({**HERE, "git_commit": "b" * 40}, tmp_path) == found[-1]
     (tmp_path / "routes.json").write_text("{}")
     monkeypatch.setenv("ADADFQ_ROUTES", str(tmp_path / "routes.json"))
-    before = unfinished._chosen()
+    routed = unfinished.known(HERE, tmp_path)
     (tmp_path / "routes.json").write_text("{ }")
-    assert unfinished._chosen() != before
+    assert unfinished.known(HERE, tmp_path) != routed != found[-1]
 
 
-def test_a_broken_checkpoint_begins_anew(
-    folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        steps_played(patch, at=7, stop=interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            folder.train()
-    (place,) = folder.places()
+def test_a_broken_checkpoint_begins_anew(folder: Folder, unbroken: list[dict[str, Any]]) -> None:
+    place = folder.interrupted(at=7)
     (place / "training" / CHECKPOINT).write_bytes(b"half of one")
     folder.train()
     assert "begun anew" in folder.said[1] and "cannot be read" in folder.said[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -371,10 +372,14 @@ def test_a_run_from_before_a_setting_was_known_goes_on(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
     del state["settings"]["recipe"]["mirror_teacher"]
+    for name in ("seconds", "cpu_seconds", "spent"):
+        del state["history"][name]
     torch.save(state, checkpoint)
     with pytest.raises(adadfq.CheckpointError, match="mirror_teacher"):
         _trainer(mirror_teacher=True).fit(tmp_path / "run", resume=True)
-    assert _same(_trainer().fit(tmp_path / "run", resume=True).student, _trainer().fit().student)
+    resumed = _trainer()
+    assert _same(resumed.fit(tmp_path / "run", resume=True).student, _trainer().fit().student)
+    assert math.isnan(resumed.epoch_seconds[0]) and min(resumed.epoch_seconds[1:]) > 0
 
 
 @pytest.mark.parametrize("step", [1, 3, 6, 9])
