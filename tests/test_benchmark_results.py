@@ -363,6 +363,18 @@ def test_what_differs_by_more_than_seeds_do_is_named() -> None:
     assert "differs from the" not in page(base=(80.0,), g2=(84.0,))
 
 
+def test_p_values_are_those_of_welchs_test() -> None:
+    def groups_of(*values: float) -> accuracy.Summary:
+        (group,) = summarize([row(value, seed) for seed, value in enumerate(values, 1)])
+        return group
+
+    base = groups_of(80.0, 81.0, 82.0)
+    # t = 3.674 at 4 degrees of freedom; with unequal deviations t = -0.840 at 2.25 of them (0.448 at 4).
+    assert statistics.p_value(groups_of(83.0, 84.0, 85.0), base) == pytest.approx(0.0213, abs=1e-4)
+    assert statistics.p_value(base, groups_of(79.0, 83.0, 87.0)) == pytest.approx(0.4807, abs=1e-4)
+    assert statistics.p_value(groups_of(83.0), base) is None
+
+
 def test_a_label_leaves_out_what_the_teachers_input_is() -> None:
     rows = [row(80.0, settings={"epochs": 10, "mean": [0.5], "std": [0.2]})]
     (summary,) = summarize(rows)
