@@ -107,13 +107,13 @@ def train_grid(
     Raises:
         InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting.
         KeyboardInterrupt: a run was interrupted; it has no row, and goes on in the next call with the same `folder`.
-        RunsTakenError: at the end, where other processes train some of the runs.
+        RunsTakenError: at the end, where other processes still train some of the runs.
     """
 
     def is_done(row: Row) -> bool:
         return key(row) in {key(other) for other in done()}
 
-    runs, left = check_grid(grid, authors), 0
+    runs, left = check_grid(grid, authors), []
     known = {} if folder is None else unfinished.known(environment)
     teachers: dict[Any, _Teacher] = {}
     held_out: dict[Any, adadfq.HeldOut] = {}
@@ -157,7 +157,7 @@ def train_grid(
         if folder is not None:
             place = unfinished.take(folder, key(row), {**known, "held_out_digest": row["held_out_digest"]})
             if place is None:
-                left += 1
+                left.append(row)
                 say(f"seed {run.seed} of {run.weight_bits}w{run.act_bits}a {run.variant}: another process trains it")
                 continue
         with place or nullcontext():
@@ -179,8 +179,8 @@ def train_grid(
                     yield row
             if place is not None:
                 place.remove()
-    if left:
-        raise RunsTakenError(f"{left} of {len(runs)} runs were left to other processes: repeat this when they end")
+    if missing := sum(not is_done(row) for row in left):
+        raise RunsTakenError(f"{missing} of {len(runs)} runs were left to other processes: repeat this when they end")
 
 
 def check_grid(grid: Grid, authors: Path | None) -> list[Run]:

@@ -249,6 +249,17 @@ def test_a_run_that_another_process_trains_is_left_to_it(folder: Folder, unbroke
     assert timeless(folder.rows) == timeless(unbroken[::-1])
 
 
+def test_a_run_that_another_process_has_ended_meanwhile_is_not_missing(
+    folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = unfinished.take(folder.path, accuracy.key(unbroken[0]), {})
+    assert held is not None
+    steps_played(monkeypatch, at=0, stop=lambda: folder.rows.append(unbroken[0]))
+    with held:
+        folder.train()
+    assert [row["seed"] for row in folder.rows] == [1, 2]
+
+
 @pytest.mark.parametrize("where", ["in this file", "in another file"])
 def test_a_row_that_comes_while_a_place_is_taken_is_seen(
     folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, where: str
