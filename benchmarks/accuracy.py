@@ -113,7 +113,8 @@ def train_grid(
     def is_done(row: Row) -> bool:
         return key(row) in {key(other) for other in done()}
 
-    runs, left = check_grid(grid, authors), []
+    runs = check_grid(grid, authors)
+    left: list[Row] = []
     known = {} if folder is None else unfinished.known(environment)
     teachers: dict[Any, _Teacher] = {}
     held_out: dict[Any, adadfq.HeldOut] = {}
