@@ -17,7 +17,8 @@ import adadfq
 from adadfq.ops import dispatch
 
 # The tests' tensors are too small to share between threads; those about threads set their own number.
-torch.set_num_threads(1)
+THREADS = 1
+torch.set_num_threads(THREADS)
 
 #: Files of few tests that take minutes: two processes share the rest better when these come first.
 SLOW_FILES = ("test_triton.py", "test_cuda_emulated.py", "test_triton_compiled.py", "test_sanitize.py")
@@ -25,6 +26,16 @@ SLOW_FILES = ("test_triton.py", "test_cuda_emulated.py", "test_triton_compiled.p
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in SLOW_FILES)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Tests are chosen by dtype with -k, which knows names."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
+def pytest_runtest_setup() -> None:
+    # A command that a test ran in this process may have set another number: on busy cores that costs the rest minutes.
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ def test_a_player_without_memory_leaves_the_others_theirs(monkeypatch: pytest.Mo
 
 
 def test_steps_without_graphs_are_for_gpus() -> None:
-    setting = Setting(batch_size=16)
+    setting = Setting(batch_size=2)
     rows = step.run_step(setting, CPU, describe(CPU), 5, 0.0, patterns=["adadfq*"])
     assert [row["provider"] for row in rows] == [players.OURS, players.OURS_BF16, players.REFERENCE]
     assert {batch for _, batch in contest.SUITES["gpu"]} == {16, 64, 256}
