@@ -371,6 +371,11 @@ def _integers(_: click.Context, param: click.Parameter, value: str) -> tuple[int
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="A checkout of hfutqian/AdaDFQ, whose trainer plays the runs instead.",
 )
+@click.option(
+    "--real-images",
+    is_flag=True,
+    help="Train on the scoring images, without their labels, in the place of generated ones: a bound, no result.",
+)
 @click.option("--device", "device_name", default="cpu", metavar="cpu|cuda", show_default=True, help="Where to run.")
 @click.option("--threads", default=1, show_default=True, help="PyTorch's threads.")
 @_json
@@ -386,6 +391,7 @@ def accuracy(
     settings: tuple[str, ...],
     variants: tuple[str, ...],
     authors: Path | None,
+    real_images: bool,
     device_name: str,
     threads: int,
     json_path: Path | None,
@@ -416,12 +422,14 @@ def accuracy(
     else:
         varied = tuple(parse_settings(variant.split()) for variant in variants) or ({},)
         grid = Grid(model, recipe, parse_bits(bits), seeds, parse_settings(settings), varied)
-    count = len(check_grid(grid, authors))  # what does not fit is said before anything is read
+    count = len(check_grid(grid, authors, real_images))  # what does not fit is said before anything is read
     if dry_run:  # on a machine without the device, too
         click.echo(f"{count} runs")
         return
     environment = describe(pick_device(device_name, threads))
-    command = command_line(grid, study, settings, variants, weights, data, authors, device_name, threads, json_path)
+    command = command_line(
+        grid, study, settings, variants, weights, data, authors, real_images, device_name, threads, json_path
+    )
     content = store.document("accuracy", environment, {"commands": [command]})
     if json_path is not None:
         content = store.merge(json_path, content, key)  # a path that cannot be written is found now
@@ -444,7 +452,10 @@ def accuracy(
         return None
 
     try:
-        for row in train_grid(grid, weights, data, environment, stored, authors, folder, click.echo, elsewhere):
+        found = train_grid(
+            grid, weights, data, environment, stored, authors, folder, click.echo, elsewhere, real_images
+        )
+        for row in found:
             rows.append(row)
             click.echo(run_text(row))
             stored()

@@ -27,12 +27,15 @@ from benchmarks.authors_training import AuthorsTraining
 from benchmarks.authors_training import check as check_authors
 from benchmarks.decoded_images import DecodedImages
 from benchmarks.epoch_scores import EpochScores
+from benchmarks.real_images import RealImages
 from benchmarks.turns import EXIT_UNFINISHED
 
 Row = dict[str, Any]
 
-#: Who trains: this project, or the authors' code.
-OURS, AUTHORS = "adadfq", "authors"
+#: Who trains: this project, the authors' code, or this project on the scoring images in the place of generated ones.
+OURS, AUTHORS, REAL = "adadfq", "authors", "real images"
+#: What they are called.
+PLAYERS = {OURS: "adadfq", AUTHORS: "authors' code", REAL: "on real images"}
 
 #: What :meth:`adadfq.HeldOut.score` gives.
 SIGNALS = ("agreement", "loss", "kl", "mirrored_agreement", "mirrored_kl")
@@ -92,6 +95,7 @@ def train_grid(
     folder: Path | None = None,
     say: Callable[[str], None] = print,
     elsewhere: Callable[[Row], Row | None] = lambda _: None,
+    real_images: bool = False,
 ) -> Iterator[Row]:
     """Train what is not among `done`; a row a run, see :data:`benchmarks.store.FIELDS`, as soon as it is there.
 
@@ -103,9 +107,11 @@ def train_grid(
         say: is told what takes time before the first row.
         elsewhere: given what is known of a row before it is trained, gives the row if another grid has it: grids share
             their bases.
+        real_images: train on the scoring images, without their labels, in the place of generated ones.
 
     Raises:
-        InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting.
+        InvalidInputError: model, weights, recipe and images do not fit together, or the authors' code lacks a setting
+            or is to train on real images.
         KeyboardInterrupt: a run was interrupted; it has no row, and goes on in the next call with the same `folder`.
         RunsTakenError: at the end, where other processes still train some of the runs.
     """
@@ -113,7 +119,8 @@ def train_grid(
     def is_done(row: Row) -> bool:
         return key(row) in {key(other) for other in done()}
 
-    runs = check_grid(grid, authors)
+    runs = check_grid(grid, authors, real_images)
+    player = REAL if real_images else OURS if authors is None else AUTHORS
     left: list[Row] = []
     known = {} if folder is None else unfinished.known(environment)
     teachers: dict[Any, _Teacher] = {}
@@ -127,7 +134,7 @@ def train_grid(
             teachers[inputs] = _Teacher(grid.model, weights, data, recipe, device)
         teacher = teachers[inputs]
         row = {
-            "player": OURS if authors is None else AUTHORS,
+            "player": player,
             "model": public_name(grid.model),
             "weights": None if weights is None else weights.name,
             "weights_sha256": digest,
@@ -172,7 +179,8 @@ def train_grid(
                     scorer = EpochScores(teacher.images, held_out[inputs], recipe.warmup_epochs, place)
                     student = adadfq.quantize(teacher.network, run.weight_bits, run.act_bits)
                     if authors is None:
-                        row |= _train(run, teacher.network, student, scorer, device, place, say)
+                        generator = RealImages(teacher.images, recipe) if real_images else None
+                        row |= _train(run, teacher.network, student, generator, scorer, device, place, say)
                     else:
                         row |= _train_authors(run, teacher.network, student, scorer, device, authors)
                     if place is not None:
@@ -184,12 +192,15 @@ def train_grid(
         raise RunsTakenError(f"{missing} of {len(runs)} runs were left to other processes: repeat this when they end")
 
 
-def check_grid(grid: Grid, authors: Path | None) -> list[Run]:
+def check_grid(grid: Grid, authors: Path | None, real_images: bool = False) -> list[Run]:
     """The grid's runs.
 
     Raises:
-        InvalidInputError: see :meth:`benchmarks.accuracy_grid.Grid.runs`, or the authors' code lacks a setting.
+        InvalidInputError: see :meth:`benchmarks.accuracy_grid.Grid.runs`, or the authors' code lacks a setting or is to
+            train on real images.
     """
+    if authors is not None and real_images:
+        raise InvalidInputError("the authors' code trains on no real images: leave out --authors or --real-images")
     runs = grid.runs()
     for run in runs if authors is not None else ():
         check_authors(run.recipe)
@@ -200,13 +211,14 @@ def _train(
     run: Run,
     teacher: nn.Module,
     student: nn.Module,
+    generator: nn.Module | None,
     scorer: EpochScores,
     device: torch.device,
     place: unfinished.Place | None,
     say: Callable[[str], None],
 ) -> Row:
     trainer = adadfq.Trainer(
-        teacher, student, run.recipe, seed=run.seed, device=device, progress=False, on_epoch_end=scorer
+        teacher, student, run.recipe, generator, seed=run.seed, device=device, progress=False, on_epoch_end=scorer
     )
     metrics: Mapping[str, float] = {}
     out = None if place is None else place.training
@@ -330,7 +342,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         times = [row["step_ms"] * row["steps"] / row["images_seen"] for row in found if row["step_ms"] is not None]
         summaries.append(
             Summary(
-                label=varied if first["player"] == OURS else f"{varied}, authors' code",
+                label=varied if first["player"] == OURS else f"{varied}, {PLAYERS[first['player']]}",
                 rows=tuple(found),
                 accuracies=tuple(row["accuracy"] for row in ok),
                 diverged=len(found) - len(ok),

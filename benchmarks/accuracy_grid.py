@@ -199,6 +199,7 @@ def command_line(
     weights: Path | None,
     data: Path,
     authors: Path | None,
+    real_images: bool,
     device: str,
     threads: int,
     json_path: Path | None,
@@ -210,6 +211,7 @@ def command_line(
     words += ["--seeds", ",".join(map(str, grid.seeds))]
     words += [word for setting in settings for word in ("--set", setting)]
     words += [word for variant in variants for word in ("--vary", variant)]
+    words += ["--real-images"] if real_images else []
     words += [] if device == "cpu" else ["--device", device]
     words += [] if threads == 1 else ["--threads", str(threads)]
     paths = {"--weights": weights, "--data": data, "--authors": authors, "--json": json_path}

@@ -18,7 +18,8 @@ class DecodedImages:
 
     def __init__(self, images: ScoringSet, channels: int, device: torch.device) -> None:
         self.images, self.num_classes, self.device = images, images.num_classes, device
-        self._fit = 4 * len(images) * channels * images.image_size**2 <= MOST_BYTES
+        #: Whether they fit.
+        self.fit = 4 * len(images) * channels * images.image_size**2 <= MOST_BYTES
         self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __len__(self) -> int:
@@ -26,7 +27,7 @@ class DecodedImages:
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As :meth:`adadfq.scoring.ScoringSet.batches`."""
-        if not self._fit:
+        if not self.fit:
             yield from self.images.batches(batch_size)
             return
         if batch_size not in self._kept:

@@ -27,12 +27,13 @@ Top-1 % of the **last** epoch, mean ± sample deviation over seeds. The images s
 nearest" is the student as warm-up leaves it: weights untouched, ranges the minima and maxima seen on generated images,
 also where the recipe then takes others; "-" where they still moved after warm-up. The authors' runs are their published
 trainer (`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their
-recipe after as many steps of as many images. "Held-out agreement" is the share of generated images, which no training
-saw, on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
-(`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing is chosen
-by top-1. Differences are ± their standard error over the seeds of both. Times are without
-scoring; on a CPU they are CPU time, which whatever else ran has no part in. A command trains what its file does
-not hold yet: where it names more seeds or settings than a table shows, those have not been run.
+recipe after as many steps of as many images. "On real images": trained on the scoring images themselves, without their
+labels, in the place of generated ones, which shows what the quantiser and the schedule allow. "Held-out agreement" is
+the share of generated images, which no training saw, on which student and teacher name the same class, "held-out loss"
+the mean L_Q there in nats, lower being better (`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an
+image and its mirror image. Nothing is chosen by top-1. Differences are ± their standard error over the seeds of both.
+Times are without scoring; on a CPU they are CPU time, which whatever else ran has no part in. A command trains what its
+file does not hold yet: where it names more seeds or settings than a table shows, those have not been run.
 """
 #: Of the test that tells settings from the base.
 LEVEL = 0.05

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import groups
-from benchmarks.accuracy import AUTHORS, IDENTITY, OURS, Row, Summary, key, summarize
+from benchmarks.accuracy import AUTHORS, IDENTITY, OURS, REAL, Row, Summary, key, summarize
 
 #: Signal of :class:`adadfq.HeldOut` -> sign that makes larger better.
 SIGNALS = {"held_out_agreement": 1, "held_out_loss": -1, "held_out_kl": -1, "held_out_mirrored_kl": -1}
@@ -249,9 +249,10 @@ def signal_pairs(rows: Sequence[Row], signal: str) -> list[tuple[float, float]]:
 def comparable(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """(heading, rows) of the same held-out images: a network each, then a teacher each at all widths together.
 
-    Rows whose images are not known are left out: signals of different images do not compare.
+    Rows whose images are not known are left out: signals of different images do not compare. So are those trained on
+    real images, which is nothing that a signal without data could choose.
     """
-    known = [row for row in rows if row.get("held_out_digest") is not None]
+    known = [row for row in rows if row.get("held_out_digest") is not None and row["player"] != REAL]
     names = groups.Names(known)
     found = []
     for held in groups.grouped(known, lambda row: (groups.of_teacher(row), row["held_out_digest"])).values():

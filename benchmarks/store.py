@@ -88,7 +88,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     # Of benchmarks/accuracy.py: a training. Accuracies are in percent, None where training diverged.
     "accuracy": {
-        "player": (str,),  # benchmarks.accuracy.OURS or AUTHORS
+        "player": (str,),  # benchmarks.accuracy.PLAYERS
         "model": (str,),
         "weights": (str, NoneType),
         "weights_sha256": (str, NoneType),

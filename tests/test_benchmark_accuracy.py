@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import adadfq
+from adadfq import scoring
 from adadfq.demo import digits
 from adadfq.errors import AdadfqError, InvalidInputError
 from adadfq.fusion import with_features
@@ -40,6 +41,8 @@ from benchmarks.__main__ import main
 from benchmarks.accuracy import SIGNALS, summarize
 from benchmarks.accuracy_grid import Grid, parse_bits, parse_settings
 from benchmarks.authors_training import AuthorsTraining
+from benchmarks.decoded_images import DecodedImages
+from benchmarks.real_images import RealImages
 
 pytest.importorskip("sklearn")
 
@@ -502,6 +505,60 @@ def test_files_of_another_kind_are_not_written_over(files: Path, trained: Path, 
 def test_a_built_in_needs_weights() -> None:
     with pytest.raises(InvalidInputError, match="give them with --weights"):
         accuracy.load_teacher("resnet20", None, 10)
+
+
+# ------------------------------------------------------------------------------------------------------- on real images
+
+
+def test_real_images_take_the_generators_place(files: Path, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "accuracy-real.json"
+    path.write_bytes(trained.read_bytes())
+    result = run(files, path, "--real-images", seeds="2", variants=())
+    assert result.exit_code == 0 and "as set, on real images" in result.output, result.output
+    content = store.read(path)
+    assert "--real-images" in content["options"]["commands"][1] and len(content["rows"]) == 5
+    row = content["rows"][-1]
+    assert (row["player"], row["status"], row["steps"]) == ("real images", "ok", 12)
+
+    recipe = adadfq.Recipe.named("digits", **SET)
+    scored = scoring.open_images(files / "images.npz", 8, 10, recipe.mean, recipe.std, 1)
+    images = DecodedImages(scored, 1, torch.device("cpu"))
+    teacher = digits.load_teacher()
+    student = adadfq.quantize(teacher, 2, 4)
+    adadfq.Trainer(teacher, student, recipe, RealImages(images, recipe), seed=2, progress=False).fit()
+    assert scoring.accuracy(student, images).top1 == row["accuracy"]
+
+
+def test_real_images_are_drawn_alike_and_by_the_noise() -> None:
+    class Images:
+        fit = True
+
+        def __len__(self) -> int:
+            return 50
+
+        def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for some in torch.arange(50.0).split(batch_size):
+                yield some.view(-1, 1, 1, 1), torch.zeros(len(some))
+
+    images: Any = Images()
+    recipe = adadfq.Recipe.named("digits", batch_size=8)
+    place = RealImages(images, recipe)
+    noise = torch.randn(20000, recipe.latent_dim, generator=torch.Generator().manual_seed(0))
+    drawn = place(noise, torch.zeros(20000)).flatten()
+    assert torch.equal(drawn, place(noise, torch.ones(20000)).flatten())
+    counts = drawn.long().bincount(minlength=50)
+    assert 300 < counts.min() and counts.max() < 500  # 400 each, deviation 20
+    ends = place(torch.tensor([[-9.0], [9.0], [30.0]]).expand(3, recipe.latent_dim), torch.zeros(3)).flatten()
+    assert ends.tolist() == [0, 49, 49]
+    assert list(place.state_dict()) == ["nothing"]
+    images.fit = False
+    with pytest.raises(InvalidInputError, match="50 images are too many"):
+        RealImages(images, recipe)
+
+
+def test_the_authors_train_on_no_real_images(files: Path, tmp_path: Path) -> None:
+    result = run(files, None, "--real-images", "--authors", str(tmp_path), variants=())
+    assert result.exit_code == 2 and "leave out --authors or --real-images" in result.output
 
 
 # ---------------------------------------------------------------------------------------------------- the authors' code

@@ -290,6 +290,7 @@ def test_signals_of_other_images_do_not_correlate() -> None:
         ("resnet20 3w3a, held-out images 55555555", 3),
     ]
     assert [len(held) for _, held in statistics.comparable([*rows[:3], row(85.0, weight_bits=4)])] == [3, 1, 4]
+    assert [len(held) for _, held in statistics.comparable([*rows[:3], row(85.0, player="real images")])] == [3]
 
 
 def test_a_recipe_that_changed_is_told_apart() -> None:
