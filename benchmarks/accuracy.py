@@ -1,10 +1,12 @@
 """Accuracy by setting: training with a recipe over a grid of widths, settings and seeds.
 
-The images only score. The last epoch is the result; accuracies of the epochs before it are kept and choose nothing.
+The images only score, but for runs on real images, which learn from them and are no result. The last epoch is the
+result; accuracies of the epochs before it are kept and choose nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import adadfq
 from adadfq import files, scoring
@@ -27,14 +29,13 @@ from benchmarks.authors_training import AuthorsTraining
 from benchmarks.authors_training import check as check_authors
 from benchmarks.decoded_images import DecodedImages
 from benchmarks.epoch_scores import EpochScores
-from benchmarks.real_images import RealImages
+from benchmarks.real_images import WITHOUT_EFFECT, RealImages
 from benchmarks.turns import EXIT_UNFINISHED
 
 Row = dict[str, Any]
 
 #: Who trains: this project, the authors' code, or this project on the scoring images in the place of generated ones.
 OURS, AUTHORS, REAL = "adadfq", "authors", "real images"
-#: What they are called.
 PLAYERS = {OURS: "adadfq", AUTHORS: "authors' code", REAL: "on real images"}
 
 #: What :meth:`adadfq.HeldOut.score` gives.
@@ -45,6 +46,11 @@ IDENTITY = (
     *("player", "model", "weights_sha256", "data", "images", "recipe", "weight_bits", "act_bits", "settings", "seed"),
     *("recipe_digest", "device", "threads"),
 )
+
+
+def player_name(row: Mapping[str, Any]) -> str:
+    """What its player is called."""
+    return PLAYERS.get(row["player"], row["player"])
 
 
 class RunsTakenError(AdadfqError):
@@ -76,13 +82,27 @@ def load_teacher(model: str, weights: Path | None, num_classes: int) -> nn.Modul
 class _Teacher:
     """The float network for one shape of images, its accuracy, and what its students are scored on."""
 
-    def __init__(self, model: str, weights: Path | None, data: Path, recipe: adadfq.Recipe, device: torch.device):
+    def __init__(
+        self,
+        model: str,
+        weights: Path | None,
+        data: Path,
+        recipe: adadfq.Recipe,
+        device: torch.device,
+        real_images: bool,
+    ) -> None:
         images = scoring.open_images(
             data, recipe.image_size, recipe.num_classes, recipe.mean, recipe.std, recipe.image_channels
         )
         self.images = DecodedImages(images, recipe.image_channels, device)
+        #: What a run that learns from the images is told by; empty for others.
+        self.known = {"pixels": _digest(self.images.pixels())} if real_images else {}
         self.network = load_teacher(model, weights, recipe.num_classes)
         self.accuracy = scoring.accuracy(self.network, self.images, device=device).top1
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
 
 def train_grid(
@@ -131,7 +151,7 @@ def train_grid(
         recipe = run.recipe
         inputs = (recipe.num_classes, recipe.image_size, recipe.image_channels, recipe.mean, recipe.std)
         if inputs not in teachers:
-            teachers[inputs] = _Teacher(grid.model, weights, data, recipe, device)
+            teachers[inputs] = _Teacher(grid.model, weights, data, recipe, device, real_images)
         teacher = teachers[inputs]
         row = {
             "player": player,
@@ -163,7 +183,8 @@ def train_grid(
         row["held_out_digest"] = held_out[inputs].digest
         place = None
         if folder is not None:
-            place = unfinished.take(folder, key(row), {**known, "held_out_digest": row["held_out_digest"]})
+            of_run = {"held_out_digest": row["held_out_digest"], **teacher.known}
+            place = unfinished.take(folder, key(row), {**known, **of_run})
             if place is None:
                 left.append(row)
                 say(f"seed {run.seed} of {run.weight_bits}w{run.act_bits}a {run.variant}: another process trains it")
@@ -196,12 +217,15 @@ def check_grid(grid: Grid, authors: Path | None, real_images: bool = False) -> l
     """The grid's runs.
 
     Raises:
-        InvalidInputError: see :meth:`benchmarks.accuracy_grid.Grid.runs`, or the authors' code lacks a setting or is to
-            train on real images.
+        InvalidInputError: see :meth:`benchmarks.accuracy_grid.Grid.runs`; the authors' code lacks a setting or is to
+            train on real images; or a variant changes nothing there.
     """
     if authors is not None and real_images:
         raise InvalidInputError("the authors' code trains on no real images: leave out --authors or --real-images")
     runs = grid.runs()
+    for run in runs if real_images else ():
+        if run.variant and set(run.variant) <= set(WITHOUT_EFFECT):
+            raise InvalidInputError(f"{run.variant} is of the generator, whose place real images take: nothing differs")
     for run in runs if authors is not None else ():
         check_authors(run.recipe)
     return runs
@@ -278,7 +302,7 @@ def _result(run: Run, scorer: EpochScores, trainer: Any, fit: Callable[[], None]
         "error": error,
         "accuracies": scorer.accuracies,
         "accuracy": scorer.accuracies[-1] if error is None else None,
-        # As warm-up leaves it: weights untouched, min/max ranges of generated images, which no longer move.
+        # As warm-up leaves it: weights untouched, min/max ranges of the images seen so far, which no longer move.
         "round_to_nearest": scorer.accuracies[0] if nearest and scorer.accuracies else None,
         **{f"held_out_{name}": [found[name] for found in scorer.signals] for name in SIGNALS},
         "train_seconds": sum(trainer.epoch_seconds),
@@ -342,7 +366,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         times = [row["step_ms"] * row["steps"] / row["images_seen"] for row in found if row["step_ms"] is not None]
         summaries.append(
             Summary(
-                label=varied if first["player"] == OURS else f"{varied}, {PLAYERS[first['player']]}",
+                label=varied if first["player"] == OURS else f"{varied}, {player_name(first)}",
                 rows=tuple(found),
                 accuracies=tuple(row["accuracy"] for row in ok),
                 diverged=len(found) - len(ok),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import groups
-from benchmarks.accuracy import PLAYERS, Row, Summary, summarize
+from benchmarks.accuracy import Row, Summary, player_name, summarize
 from benchmarks.tables import number, text_table
 
 
@@ -52,7 +52,7 @@ def group_label(summary: Summary) -> str:
     """Who trained, by which recipe and with what changed in it, but for what the teacher's input is."""
     row = summary.rows[0]
     settings = " ".join(f"{name}={value}" for name, value in row["settings"].items() if name not in ("mean", "std"))
-    return f"{PLAYERS[row['player']]}, {row['recipe']}" + (f" {settings}" if settings else "")
+    return f"{player_name(row)}, {row['recipe']}" + (f" {settings}" if settings else "")
 
 
 def percent(value: float | None) -> str:

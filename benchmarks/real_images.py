@@ -7,32 +7,36 @@ import math
 import torch
 from torch import Tensor, nn
 
-from adadfq.errors import InvalidInputError
 from adadfq.recipe import Recipe
 from benchmarks.decoded_images import DecodedImages
 
-__all__ = ["RealImages"]
+__all__ = ["WITHOUT_EFFECT", "RealImages"]
+
+#: Fields of a recipe that move the generator alone.
+WITHOUT_EFFECT = (
+    *("gamma", "beta", "alpha_ds", "alpha_as", "lambda_l", "lambda_u", "detach_min", "soft_labels"),
+    *("generator", "lr_generator", "spectral_norm", "generator_ema"),
+)
 
 
 class RealImages(nn.Module):
     """Stands where a generator does and gives images of a set, drawn uniformly with replacement; nothing in it learns.
+
+    What a recipe does between generator and networks (crop, flip, low-pass) is done to these images too.
 
     Args:
         images: those that score, whose labels are not looked at.
         recipe: of the run; the image is chosen by the noise, so that a seed gives the same images.
 
     Raises:
-        InvalidInputError: the images are too many to be held in memory.
+        InvalidInputError: see :meth:`benchmarks.decoded_images.DecodedImages.pixels`.
     """
 
     def __init__(self, images: DecodedImages, recipe: Recipe) -> None:
         super().__init__()
-        if not images.fit:
-            raise InvalidInputError(f"{len(images)} images are too many to be held in memory: score on fewer of them")
         self.num_classes, self.latent_dim = recipe.num_classes, recipe.latent_dim
         self.nothing = nn.Parameter(torch.zeros(()))
-        # No buffer: a checkpoint needs no copy of the images.
-        self.images = torch.cat([batch for batch, _ in images.batches(recipe.batch_size)])
+        self.images = images.pixels()  # no buffer: a checkpoint needs no copy of them
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Images [B, C, H, W] for noise [B, latent_dim]; of classes as they come, whatever `labels` are."""

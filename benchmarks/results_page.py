@@ -10,7 +10,7 @@ from typing import Any
 from adadfq import files as atomic
 from benchmarks import groups, plot, results_plots, store
 from benchmarks import results_statistics as statistics
-from benchmarks.accuracy import Row, Summary, summarize
+from benchmarks.accuracy import Row, Summary, player_name, summarize
 from benchmarks.accuracy_report import accuracy_text, group_label, percent
 from benchmarks.environment import machine
 from benchmarks.studies import STUDIES
@@ -24,16 +24,17 @@ _HEAD = """# Results
 <!-- Written by `python -m benchmarks results` from benchmarks/results/accuracy-*.json: run it, do not edit. -->
 
 Top-1 % of the **last** epoch, mean ± sample deviation over seeds. The images score and choose nothing. "Round to
-nearest" is the student as warm-up leaves it: weights untouched, ranges the minima and maxima seen on generated images,
-also where the recipe then takes others; "-" where they still moved after warm-up. The authors' runs are their published
-trainer (`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their
-recipe after as many steps of as many images. "On real images": trained on the scoring images themselves, without their
-labels, in the place of generated ones, which shows what the quantiser and the schedule allow. "Held-out agreement" is
-the share of generated images, which no training saw, on which student and teacher name the same class, "held-out loss"
-the mean L_Q there in nats, lower being better (`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an
-image and its mirror image. Nothing is chosen by top-1. Differences are ± their standard error over the seeds of both.
-Times are without scoring; on a CPU they are CPU time, which whatever else ran has no part in. A command trains what its
-file does not hold yet: where it names more seeds or settings than a table shows, those have not been run.
+nearest" is the student as warm-up leaves it: weights untouched, ranges the minima and maxima seen so far, also where
+the recipe then takes others; "-" where they still moved after warm-up. The authors' runs are their published trainer
+(`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their recipe
+after as many steps of as many images. "On real images" is no result but a bound: trained on the scoring images
+themselves, without their labels, cropped and flipped as the recipe has it, in the place of generated ones, which shows
+what the quantiser and the schedule allow. "Held-out agreement" is the share of generated images, which no training saw,
+on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
+(`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing is chosen by
+top-1. Differences are ± their standard error over the seeds of both. Times are without scoring; on a CPU they are CPU
+time, which whatever else ran has no part in. A command trains what its file does not hold yet: where it names more
+seeds or settings than a table shows, those have not been run.
 """
 #: Of the test that tells settings from the base.
 LEVEL = 0.05
@@ -215,7 +216,7 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
         first = found[0]
         shared = statistics.setting(first, {field for row in found for field in row["variant"]})
         with_ = f" with `{shared}`" if shared else ""
-        parts.append(f"{first['player']}, {names.network(first)}, recipe `{first['recipe']}`{with_}:")
+        parts.append(f"{player_name(first)}, {names.network(first)}, recipe `{first['recipe']}`{with_}:")
         parts.append(markdown_table(header, [_ablation_line(group, base) for group in lines]))
         parts += _verdict(lines, base)
     pictures = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(held)]

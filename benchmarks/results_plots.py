@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import groups, plot
 from benchmarks import results_statistics as statistics
-from benchmarks.accuracy import OURS, Row, Summary, summarize
+from benchmarks.accuracy import OURS, REAL, Row, Summary, player_name, summarize
 from benchmarks.accuracy_report import group_label
 
 #: Fields whose grid is drawn as a map.
@@ -43,7 +43,7 @@ def plots(files: dict[Path, dict[str, Any]]) -> dict[str, Callable[[Path], Path]
     plain = statistics.plain(rows)
     by_network: dict[Any, list[Summary]] = {}
     for group in plain:
-        if statistics.by_time(group) is not None:
+        if statistics.by_time(group) is not None and group.rows[0]["player"] != REAL:
             by_network.setdefault(groups.of_network(group.rows[0]), []).append(group)
     timed = [(names.network(found[0].rows[0]), found) for found in by_network.values()]
     add("time", _time, timed, "accuracy against time of training, mean over the seeds")
@@ -130,7 +130,7 @@ def _bounds(path: Path, rows: Sequence[Row], everything: Sequence[Row]) -> list[
             shown.insert(0, base)
         if len(shown) > 3 and any(group.accuracies for group in shown):
             first = held[0]
-            title = f"{path.stem.removeprefix('accuracy-')}: {first['player']}, {names.network(first)}"
+            title = f"{path.stem.removeprefix('accuracy-')}: {player_name(first)}, {names.network(first)}"
             panels.append((title, shown))
     return panels
 

@@ -29,6 +29,7 @@ from benchmarks import (
     accuracy,
     accuracy_grid,
     accuracy_report,
+    decoded_images,
     groups,
     held_out_images,
     plot,
@@ -42,7 +43,7 @@ from benchmarks.accuracy import SIGNALS, summarize
 from benchmarks.accuracy_grid import Grid, parse_bits, parse_settings
 from benchmarks.authors_training import AuthorsTraining
 from benchmarks.decoded_images import DecodedImages
-from benchmarks.real_images import RealImages
+from benchmarks.real_images import WITHOUT_EFFECT, RealImages
 
 pytest.importorskip("sklearn")
 
@@ -525,20 +526,18 @@ def test_real_images_take_the_generators_place(files: Path, trained: Path, tmp_p
     images = DecodedImages(scored, 1, torch.device("cpu"))
     teacher = digits.load_teacher()
     student = adadfq.quantize(teacher, 2, 4)
-    adadfq.Trainer(teacher, student, recipe, RealImages(images, recipe), seed=2, progress=False).fit()
+    result = adadfq.Trainer(teacher, student, recipe, RealImages(images, recipe), seed=2, progress=False).fit()
     assert scoring.accuracy(student, images).top1 == row["accuracy"]
+    assert result.metrics["loss_student"] == row["losses_student"][-1]
+    assert [result.metrics[name] for name in ("h_prime", "agreement")] == [row["h_prime"], row["agreement"]]
+    generated = next(other for other in content["rows"] if other["seed"] == 2)
+    assert generated["player"] == "adadfq" and generated["losses_student"][0] != row["losses_student"][0]
 
 
 def test_real_images_are_drawn_alike_and_by_the_noise() -> None:
     class Images:
-        fit = True
-
-        def __len__(self) -> int:
-            return 50
-
-        def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for some in torch.arange(50.0).split(batch_size):
-                yield some.view(-1, 1, 1, 1), torch.zeros(len(some))
+        def pixels(self) -> Tensor:
+            return torch.arange(50.0).view(-1, 1, 1, 1)
 
     images: Any = Images()
     recipe = adadfq.Recipe.named("digits", batch_size=8)
@@ -551,14 +550,35 @@ def test_real_images_are_drawn_alike_and_by_the_noise() -> None:
     ends = place(torch.tensor([[-9.0], [9.0], [30.0]]).expand(3, recipe.latent_dim), torch.zeros(3)).flatten()
     assert ends.tolist() == [0, 49, 49]
     assert list(place.state_dict()) == ["nothing"]
-    images.fit = False
-    with pytest.raises(InvalidInputError, match="50 images are too many"):
-        RealImages(images, recipe)
+
+
+def test_real_images_beside_every_option_of_the_generator(files: Path) -> None:
+    options = ("replays=1", "bank_batches=0", "generator_ema=0.9", "spectral_norm=true", "low_pass=0.5", "crop=1")
+    more = [word for option in options for word in ("--set", option)]
+    result = run(files, None, "--real-images", *more, seeds="1", variants=())
+    assert result.exit_code == 0 and "as set, on real images, seed 1: " in result.output, result.output
+
+
+@pytest.mark.parametrize("variant", ["gamma=0", "alpha_ds=0 spectral_norm=true"])
+def test_what_changes_nothing_on_real_images_is_refused(files: Path, variant: str) -> None:
+    assert set(WITHOUT_EFFECT) <= {field.name for field in dataclasses.fields(adadfq.Recipe)}
+    result = run(files, None, "--real-images", variants=("lr_student=0.002", variant))
+    assert result.exit_code == 2 and "is of the generator" in result.output
+    assert run(files, None, "--real-images", "--dry-run", variants=(f"{variant} lr_student=0.002",)).exit_code == 0
 
 
 def test_the_authors_train_on_no_real_images(files: Path, tmp_path: Path) -> None:
     result = run(files, None, "--real-images", "--authors", str(tmp_path), variants=())
     assert result.exit_code == 2 and "leave out --authors or --real-images" in result.output
+
+
+def test_too_many_real_images_are_refused_before_anything_is_trained(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoded_images, "MOST_BYTES", 4 * 64 * (IMAGES - 1))
+    monkeypatch.setattr(held_out_images, "make", None)
+    result = run(files, None, "--real-images", variants=())
+    assert result.exit_code == 2 and f"{IMAGES} images are more than" in result.output
 
 
 # ---------------------------------------------------------------------------------------------------- the authors' code

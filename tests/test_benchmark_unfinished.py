@@ -56,12 +56,21 @@ def unbroken(data: Path) -> list[dict[str, Any]]:
 class Folder:
     """The grid trained with a folder, call by call; rows are stored as the command stores them."""
 
-    def __init__(self, data: Path, path: Path) -> None:
+    def __init__(self, data: Path, path: Path, real_images: bool = False) -> None:
         self.data, self.path, self.rows, self.said = data, path, [], []
+        self.real_images = real_images
 
     def train(self, environment: dict[str, Any] = HERE) -> None:
         found = accuracy.train_grid(
-            GRID, digits.WEIGHTS, self.data, environment, lambda: self.rows, None, self.path, self.said.append
+            GRID,
+            digits.WEIGHTS,
+            self.data,
+            environment,
+            lambda: self.rows,
+            None,
+            self.path,
+            self.said.append,
+            real_images=self.real_images,
         )
         for row in found:
             self.rows.append(row)
@@ -154,6 +163,26 @@ def test_a_run_begun_otherwise_begins_anew(
     folder.train()
     assert played == [*range(15), *range(15)] and folder.said[1:] == [f"begun anew: it differs in {change}"]
     assert timeless(folder.rows) == timeless(unbroken)
+
+
+def test_a_run_on_real_images_goes_on_with_the_same_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = list(accuracy.train_grid(GRID, digits.WEIGHTS, data, HERE, real_images=True))
+    folder = Folder(data, tmp_path, real_images=True)
+    folder.interrupted(at=7)
+    played = steps_played(monkeypatch)
+    folder.train()
+    assert played == [*range(8, 15), *range(15)] and timeless(folder.rows) == timeless(unbroken)
+
+    folder.rows.clear()
+    monkeypatch.undo()
+    folder.interrupted(at=7)
+    found = dict(np.load(data))
+    folder.data = tmp_path / data.name
+    np.savez(folder.data, images=1 - found["images"], labels=found["labels"])
+    folder.train()
+    assert folder.said[1:] == ["begun anew: it differs in pixels"]
 
 
 def test_a_commit_of_the_same_sources_is_gone_on_with(

@@ -117,7 +117,7 @@ def test_the_parameters_are_those_of_every_function() -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", sorted(native_args.DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("dtype", sorted(native_args.DTYPES, key=str))
 @pytest.mark.parametrize("op", list(cuda.KERNELS))
 def test_arguments_come_in_order(native: StandIn, op: str, dtype: torch.dtype, channels_last: bool) -> None:
     """Whatever was exchanged for something else would make the result another one."""

@@ -55,7 +55,7 @@ def _shifted(args: tuple[Any, ...], bytes_: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", list(cuda.KERNELS))
 def test_every_walk(op: str, dtype: torch.dtype, channels_last: bool) -> None:
     for shape, logits in zip(SHAPES, LOGITS, strict=True):

@@ -107,7 +107,7 @@ def _shifted(argument: Any) -> Any:
     return memory.as_strided(argument.shape, argument.stride(), 1).copy_(argument)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @KERNELS
 def test_kernel_on_memory_that_is_not_aligned(gpu_backend: str, op: str, dtype: torch.dtype) -> None:
     """No tensor begins where 16 bytes can be read at once."""

@@ -88,7 +88,7 @@ CASES = [(name, axis) for name, x in _layouts().items() for axis in (None, 0, 1)
 
 
 @pytest.mark.parametrize("layout,axis", CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gradients_are_the_oracles_at_ties_and_at_the_ends_too(
     backend: str, layout: str, axis: int | None, dtype: torch.dtype, bits: int
@@ -123,7 +123,7 @@ def test_gradients_are_the_oracles_at_ties_and_at_the_ends_too(
 
 
 @pytest.mark.parametrize("axis", [None, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradients_of_any_step_are_the_oracles(
     backend: str, axis: int | None, dtype: torch.dtype, channels_last: bool
@@ -210,7 +210,7 @@ def test_foreach_gives_gradients_to_what_is_used_and_asked(backend: str) -> None
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "relu6"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 6, 7, 7), (2, 8, 33, 40), (40, 12), (3, 1, 5), (0, 4, 3, 3), (2, 3, 100, 90)])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -79,7 +79,7 @@ def parameters(channels: int, bits: int) -> tuple[Tensor, Tensor]:
 SHAPES = [(1,), (37,), (3, 5), (4, 16, 3, 3), (2, 3, 17, 5), (5, 64, 7, 7), (1, 70, 1, 1), (2, 1, 300), (40000, 3)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fake_quantize_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_fake_quantize_equals_reference(shape: tuple[int, ...], dtype: torch.dty
                 assert_same_bits(cpu.fake_quantize(x, *arguments), reference.fake_quantize(x, *arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fake_quantize_backward_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_fake_quantize_backward_equals_reference(shape: tuple[int, ...], dtype: 
             assert_same_bits(cpu.fake_quantize_backward(grad, x, *arguments), want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dynamic_fake_quantize_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -197,7 +197,7 @@ def test_any_layout_quantizes_as_in_the_reference(shape: list[int], order, bits:
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_16_bit_value_survives_conversion(dtype: torch.dtype) -> None:
     """Each value goes through as x, and unchanged as a gradient."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -209,7 +209,7 @@ def test_every_16_bit_value_survives_conversion(dtype: torch.dtype) -> None:
     assert torch.equal(out.view(torch.int16), every.view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_rounding_to_16_bits_equals_pytorch(dtype: torch.dtype) -> None:
     """One code, so x_hat is the scale itself rounded to the dtype: every exponent, many mantissas, all ties."""
     bits = torch.arange(0, 0x7F800000, 0x1000, dtype=torch.int64)
@@ -251,7 +251,7 @@ def results_with(threads: int, dtype: torch.dtype) -> list[Tensor]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
     alone = results_with(1, dtype)
     for threads in (2, 3):
@@ -271,7 +271,7 @@ BN_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", BN_SHAPES, ids=str)
 def test_bn_match_equals_reference_in_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_bn_match_equals_reference_in_float64(shape: tuple[int, ...], dtype: tor
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*BN_SHAPES, (64, 3, 16, 16), (4, 1, 30, 50), (2, 10, 5, 7)], ids=str)
 def test_batch_norm_act_equals_reference_in_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -367,7 +367,7 @@ def test_entropy_distillation_equals_reference_in_float64(
         torch.testing.assert_close(value.double(), exact, rtol=2e-6, atol=1e-9 + 2e-6 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_losses_take_16_bit_logits_in_any_layout(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 10, 16).to(dtype).transpose(1, 2)
@@ -424,7 +424,7 @@ def test_losses_show_a_nan_or_infinity_as_the_reference_does(classes: int, speci
         assert loss.isnan() and grad.isnan().all(1).tolist() == [False, False, False, True, False]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_the_losses_scale_with_what_comes_from_above(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits = [torch.randn(4, 10).to(dtype).requires_grad_() for _ in range(2)]

@@ -226,7 +226,7 @@ PLANES = [(3 * 16384 + 1, 1, 1), (1, 60001, 1), (301, 5, 37), (2003, 33, 1), (5,
 
 
 @pytest.mark.parametrize("shape", PLANES, ids=str)
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     for bits in WIDTHS:
         arguments = (*_quantizer(shape[1], bits), bits)
@@ -268,7 +268,7 @@ def _layouts(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", list(_layouts(torch.float32)))
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 def test_the_stream_is_in_logical_order_along_every_axis(backend: str, layout: str, dtype: torch.dtype) -> None:
     x = _layouts(dtype)[layout]
     for axis in (None, *range(-x.dim(), x.dim())):
@@ -341,7 +341,7 @@ def test_functions_compile_into_one_graph(backend: str, name: str, dynamic: bool
 
 @pytest.mark.parametrize("op", ["quantize_pack", "unpack_dequantize"])
 @pytest.mark.parametrize("axis", [None, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend: str, op: str, axis: int | None, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 4, 5, generator=_random()).to(dtype)
     arguments = (*_quantizer(1 if axis is None else 3, 3), 3)

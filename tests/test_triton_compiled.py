@@ -210,7 +210,7 @@ def test_weights_of_a_network_take_one_launch() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd"])
-@pytest.mark.parametrize("dtype", list(FLOATS), ids=str)
+@pytest.mark.parametrize("dtype", list(FLOATS))
 @pytest.mark.parametrize("op", list(triton.KERNELS))
 def test_every_layout_compiles(op: str, dtype: torch.dtype, layout: str) -> None:
     launches = _compile(op, 90, ODD if layout == "odd" else ALIGNED, dtype, layout == "channels_last")
@@ -231,7 +231,7 @@ def test_losses_compile(op: str, logits: tuple[int, int], capability: int) -> No
         _check(launch)
 
 
-@pytest.mark.parametrize("dtype", list(FLOATS), ids=str)
+@pytest.mark.parametrize("dtype", list(FLOATS))
 @pytest.mark.parametrize("shape", [(2**20 + 4,), (2**20 + 1,), (63, 3, 14, 14), (2, 3, 7, 7)], ids=str)
 def test_tensors_of_any_size_are_read_16_bytes_at_a_time(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, channels = torch.empty(shape, dtype=dtype), shape[1] if len(shape) > 1 else 1

@@ -29,6 +29,7 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Odd everything; 16-byte rows; 16-byte columns; many channels; one channel; more samples than segments.
 SHAPES = [(5, 3, 4, 7), (3, 4, 2, 16), (2, 24, 3, 3), (2, 200, 1, 1), (1, 1, 30, 50), (19, 8, 5, 1)]
+LOSSES = ("margin_loss", "entropy_distillation")
 LOGITS = [(16, 10), (3, 1000), (1, 2), (40, 100), (129, 3), (2, 2500)]
 
 
@@ -45,10 +46,18 @@ def configured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("configured", list(_configurations()), indirect=True, ids=str)
-@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op not in ("margin_loss", "entropy_distillation")])
+@pytest.mark.parametrize("op", [op for op in triton.KERNELS if op not in LOSSES])
 def test_every_configuration(configured: None, op: str) -> None:
-    for i, (shape, logits) in enumerate(zip(SHAPES, LOGITS, strict=True)):
-        args = arguments(op, shape, DTYPES[i % 3], i % 2 == 1, logits=logits)
+    for i, shape in enumerate(SHAPES):
+        args = arguments(op, shape, DTYPES[i % 3], i % 2 == 1)
+        assert_right(op, call(triton.KERNELS[op], op, args), args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", LOSSES)
+def test_losses_in_one_launch_and_in_two(op: str, dtype: torch.dtype) -> None:
+    for logits in LOGITS:
+        args = arguments(op, SHAPES[0], dtype, False, logits=logits)
         assert_right(op, call(triton.KERNELS[op], op, args), args)
 
 
