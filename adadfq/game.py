@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adadfq import functional
 from adadfq.bank import ImageBank
 from adadfq.errors import InvalidInputError
-from adadfq.extra_losses import cross_entropy, feature_loss, soft_targets
+from adadfq.extra_losses import feature_loss
 from adadfq.fused_layers import BatchNormWatch
 from adadfq.ops.schema import compute_dtype
 from adadfq.recipe import Recipe
@@ -279,21 +279,10 @@ class Game:
         return (teacher_logits.to(dtype) + mirrored.to(dtype)) / 2
 
     def _logits_loss(self, teacher: Tensor, student: Tensor, labels: Tensor) -> functional.MarginLoss:
-        """L_margin + beta (alpha_ds L_ds + alpha_as L_as), the latter two with soft labels where the recipe asks."""
+        """L_margin + beta (alpha_ds L_ds + alpha_as L_as)."""
         recipe = self.recipe
-        soft = recipe.soft_labels > 0
-        alphas = (0.0, 0.0) if soft else (recipe.alpha_ds, recipe.alpha_as)
-        bounds = (recipe.lambda_l, recipe.lambda_u)
-        loss = functional.margin_loss(teacher, student, labels, *bounds, *alphas, recipe.beta, recipe.detach_min)
-        if not soft:
-            return loss
-        targets = soft_targets(teacher, labels, recipe.soft_labels)
-        # Of unfused networks under autocast, sums of 16-bit logits would be rounded.
-        dtype = compute_dtype(teacher.dtype)
-        teacher, student = teacher.to(dtype), student.to(dtype)
-        ds, as_ = cross_entropy(teacher - student, targets), cross_entropy(teacher + student, targets)
-        total = loss.total + recipe.beta * (recipe.alpha_ds * ds + recipe.alpha_as * as_)
-        return loss._replace(total=total, disagreement=ds.detach(), agreement=as_.detach())
+        bounds, alphas = (recipe.lambda_l, recipe.lambda_u), (recipe.alpha_ds, recipe.alpha_as)
+        return functional.margin_loss(teacher, student, labels, *bounds, *alphas, recipe.beta, recipe.detach_min)
 
     def _student_loss(
         self, teacher: Tensor, teacher_features: list[Tensor], student: Tensor, student_features: list[Tensor]

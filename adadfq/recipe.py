@@ -118,11 +118,6 @@ class Recipe:
         "mirroring does not change (not digits or letters); costs one more forward of the teacher a step. The "
         "generator's losses and feature_weight keep the teacher as it is",
     )
-    soft_labels: float = _setting(
-        0.0,
-        "where the teacher gives the label a smaller probability than this, its own probabilities are the target of "
-        "both cross-entropies; 0: never",
-    )
     replays: int = _setting(0, "steps of the student alone after every step of both players; each counts as a step")
     bank_batches: int = _setting(
         64,
@@ -173,7 +168,6 @@ class Recipe:
             checks.check_number(name, getattr(self, name), 0)
         for name in ("alpha_ds", "alpha_as", "beta"):
             checks.check_number(name, getattr(self, name))
-        checks.check_number("soft_labels", self.soft_labels, 0, 1)
         checks.check_number("calibration_epochs", self.calibration_epochs, 1)
         checks.check_number("lambda_u", self.lambda_u, 0, 1)
         checks.check_number("lambda_l", self.lambda_l, 0, self.lambda_u)

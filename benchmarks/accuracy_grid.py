@@ -74,7 +74,6 @@ OFF: dict[str, Any] = {
     "crop": 0,
     "flip": False,
     "mirror_teacher": False,
-    "soft_labels": 0.0,
     "replays": 0,
     "bank_batches": 64,
     "generator_ema": 0.0,

@@ -14,7 +14,7 @@ __all__ = ["WITHOUT_EFFECT", "RealImages"]
 
 #: Fields of a recipe that move the generator alone.
 WITHOUT_EFFECT = (
-    *("gamma", "beta", "alpha_ds", "alpha_as", "lambda_l", "lambda_u", "detach_min", "soft_labels"),
+    *("gamma", "beta", "alpha_ds", "alpha_as", "lambda_l", "lambda_u", "detach_min"),
     *("generator", "lr_generator", "spectral_norm", "generator_ema"),
 )
 

@@ -112,7 +112,6 @@ STUDIES: dict[str, Study] = {
             {"low_pass": 0.5},
             {"crop": 2, "flip": True},
             {"mirror_teacher": True},
-            {"soft_labels": 0.5},
             {"replays": 1},
             {"replays": 1, "bank_batches": 0},
             {"replays": 1, "bank_batches": 0, "generator_ema": 0.99},

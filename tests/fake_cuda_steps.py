@@ -27,7 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "low_pass": {"low_pass": 0.5},
     "crop and flip": {"crop": 1, "flip": True},
     "mirror_teacher": {"mirror_teacher": True},
-    "soft_labels": {"soft_labels": 0.5},
     "bank": {"replays": 1, "bank_batches": 2},
     "no bank": {"replays": 1, "bank_batches": 0},
     "generator_ema": {"replays": 1, "bank_batches": 0, "generator_ema": 0.9},

@@ -58,7 +58,6 @@ PAPER: dict[str, Any] = {
     "flip": False,
     "mirror_teacher": False,
     "low_pass": 0.0,
-    "soft_labels": 0.0,
     "replays": 0,
     "bank_batches": 64,  # of which without replays nothing is drawn
     "generator_ema": 0.0,
@@ -311,17 +310,6 @@ class OracleTraining:
             settings["beta"],
             settings["detach_min"],
         )
-        soft = torch.zeros(len(t), dtype=torch.bool)
-        if settings["soft_labels"]:
-            p = t.detach().softmax(1)
-            of_label = p[torch.arange(len(p)), batch.labels]
-            edges.add("p(label) at soft_labels", of_label - settings["soft_labels"])
-            hard = torch.eye(p.shape[1], dtype=p.dtype)[batch.labels]
-            soft = of_label < settings["soft_labels"]
-            targets = torch.where(soft[:, None], p, hard)
-            disagreement, agreement = (-(targets * x.log_softmax(1)).sum(1).mean() for x in (t - q, t + q))
-            cross_entropies = settings["alpha_ds"] * disagreement + settings["alpha_as"] * agreement
-            total = margin + settings["beta"] * cross_entropies
         for name in ("lambda_l", "lambda_u"):
             edges.add(f"H' at {name}", h_prime - settings[name])
         statistics_loss = sum(watching.statistics_losses) / len(watching.statistics_losses)
@@ -358,7 +346,6 @@ class OracleTraining:
             "images": images,
             "teacher_logits": t,
             "targets": target,
-            "soft": soft,
             "student_logits": q,
             "h_prime": h_prime,
             "loss_generator": loss_generator,

@@ -32,7 +32,7 @@ PHASES = ((False, True), (True, True), (True, False))
 #: Enough that some are replayed.
 STEPS = EAGER_STEPS + 3
 _BANK = {"replays": 1, "bank_batches": 4}
-_SHOWN = {"low_pass": 0.5, "crop": 1, "flip": True, "mirror_teacher": True, "soft_labels": 0.5}
+_SHOWN = {"low_pass": 0.5, "crop": 1, "flip": True, "mirror_teacher": True}
 #: What a graph could freeze: learned steps, Adam's state, block outputs, the bank's memory, an average's, power
 #: iterations, random places.
 OPTIONS: dict[str, dict[str, Any]] = {

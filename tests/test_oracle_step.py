@@ -323,7 +323,7 @@ class _Watch:
             f"{step}: {want.edges.where} comes within {want.edges.nearest:.1e} of its edge, where both answers are "
             "right; take another seed"
         )
-        unseen = ("loss_generator", "loss_student", "soft")  # the sums are in the metrics
+        unseen = ("loss_generator", "loss_student")  # the sums are in the metrics
         values = {key: value for key, value in want.values.items() if key not in unseen}
         _compare_all(step, self.seen.values, values)
         _compare_all(f"{step}, gradient of", self.seen.gradients, want.gradients)
@@ -537,7 +537,6 @@ BEYOND = {
     "learned steps": ("residual", LEARNED),
     "mirrored teacher": ("residual", {"mirror_teacher": True, "flip": True}),
     "low-pass": ("residual", {"low_pass": 0.6}),
-    "soft labels": ("residual", {"soft_labels": 0.15}),
     "bank": (
         "residual",
         {"replays": 2, "bank_batches": 2, "feature_weight": 5.0, "mirror_teacher": True, "crop": 1},
@@ -561,9 +560,6 @@ def test_every_step_beyond_the_paper_equals_the_oracle(play: Callable[..., list[
     changes["steps_per_epoch"] = _steps_per_epoch(changes.get("replays", 0))
     steps = play(network, Recipe(**changes), {**oracle_step.PAPER, **changes}, 4, fuse=fuse)
     assert len(steps) == OTHER["epochs"] * changes["steps_per_epoch"]
-    if which == "soft labels":
-        soft = torch.cat([step.values["soft"] for step in steps])
-        assert 0.1 < soft.double().mean() < 0.9  # labels of both kinds
     if which.startswith("bank"):
         replayed = [step.replayed for step in steps if step.replayed is not None]
         # Of kept batches the first ones make room, and those that came in their places are drawn.
