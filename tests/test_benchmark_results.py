@@ -293,6 +293,13 @@ def test_signals_of_other_images_do_not_correlate() -> None:
     assert [len(held) for _, held in statistics.comparable([*rows[:3], row(85.0, player="real images")])] == [3]
 
 
+def test_a_bound_is_off_the_plot_of_speed() -> None:
+    for player, drawn in (("adadfq", True), ("authors", True), ("real images", False)):
+        assert ("time" in results_plots.plots({Path("accuracy-x.json"): content(row(80.0, player=player))})) == drawn
+    page = results_page.content({Path("accuracy-x.json"): content(row(80.0, player="real images"))})
+    assert "| on real images, cifar10_resnet20" in page
+
+
 def test_a_recipe_that_changed_is_told_apart() -> None:
     stored = {Path("accuracy-x.json"): content(row(80.0), row(82.0, recipe_digest="1" * 16))}
     text = results_page.content(stored)
