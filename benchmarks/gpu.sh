@@ -147,13 +147,16 @@ run_sanitizer() {
   # Every operator in both layouts, on the two smallest shapes: kernels are some fifty times slower here.
   local small="test_kernel_equals_the_reference and float32 and not 56 and not 512 and not 300 and not 2048"
   local barrier="test_margin_loss_with_a_barrier and 1024x10 and not 1024x1000"
-  local tool chosen kernels
-  for tool in memcheck racecheck initcheck synccheck; do
+  local tool chosen kernels looked=
+  for tool in memcheck racecheck synccheck initcheck; do
     chosen="($small) or ($barrier)"
     # Triton's programs wait for flags that others have yet to write: initcheck would report just that.
     [ "$tool" != initcheck ] || chosen="($small) or ($barrier and not triton)"
     kernels=("$python" -m pytest -q -m gpu -k "$chosen" tests/test_gpu.py)
-    [ -z "$dry_run" ] || run --collect-only "${kernels[@]}"
+    if [ -n "$dry_run" ] && [ "$looked" != "$chosen" ]; then
+      run --collect-only "${kernels[@]}"
+      looked=$chosen
+    fi
     # Without torch's caching allocator, an access outside a tensor is an access outside an allocation.
     local sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9)
     if [ -n "$dry_run" ] && ! command -v compute-sanitizer >/dev/null; then

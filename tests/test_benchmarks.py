@@ -1242,11 +1242,15 @@ def test_gpu_sh_dry_run() -> None:
     ],
 )
 def test_gpu_sh_dry_run_of_a_campaign(campaign: str, stages: list[str]) -> None:
-    done = gpu_sh(campaign, "--dry-run", PYTHON=sys.executable)
+    # The stages before are those of the shorter set, which the test above looks at.
+    first = "ceilings" if campaign == "ops" else "build"
+    done = gpu_sh(campaign, "--dry-run", "--from", first, PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("stage ")]
     assert [words[1].strip(":") for words in lines] == stages
-    assert all(int(words[-2]) < 600 for words in lines)  # each in a command of less than ten minutes
+    # Each in a command of less than ten minutes.
+    limits = [int(words[-2]) for words in lines if "most" in words]
+    assert len(limits) == len(stages[stages.index(first) :]) and max(limits) < 600
 
 
 @pytest.mark.parametrize("authors", ["", "checkout"])
