@@ -58,7 +58,7 @@ STUDIES: dict[str, Study] = {
     ),
     "parts": Study(
         "What is each part of adadfq_plus worth within it? Each is left out alone, but for the optimizer and its "
-        "schedule; replays and the mirrored teacher are put in.",
+        "schedule, and both ranges of least error together; replays and the mirrored teacher are put in.",
         (3,),
         "adadfq_plus",
         {"epochs": 8, "steps_per_epoch": 200},
@@ -70,6 +70,7 @@ STUDIES: dict[str, Study] = {
             {"learn_steps": False},
             {"act_range": "minmax"},
             {"weight_range": "minmax"},
+            {"act_range": "minmax", "weight_range": "minmax"},
             {"replays": 1},
             {"mirror_teacher": True},
         ),
