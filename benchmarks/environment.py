@@ -100,10 +100,14 @@ def machine(environment: dict[str, Any]) -> str:
     parts.append(f"PyTorch {versions['torch']}")
     if environment["device"] == "cuda" and versions["triton"]:
         parts.append(f"Triton {versions['triton']}")
-    commit = environment["git_commit"]
-    if commit:
-        parts.append(f"commit {commit[:10]}{' with changes' if environment['git_dirty'] else ''}")
+    if environment["git_commit"]:
+        parts.append(f"commit {commit(environment)}")
     return ", ".join(parts)
+
+
+def commit(environment: dict[str, Any]) -> str:
+    """The commit's first digits, and whether what was measured differed from it."""
+    return f"{environment['git_commit'][:10]}{' with changes' if environment['git_dirty'] else ''}"
 
 
 def digest_of_sources(folder: Path = _ROOT / "csrc") -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import plot, ratios
 from benchmarks.breakdown import PARTS
 from benchmarks.cases import LOGIT_LOSSES, TINY
-from benchmarks.environment import machine
+from benchmarks.environment import commit, machine
 from benchmarks.players import AUTHORS
 from benchmarks.players import PLAIN as STEP_PLAIN
 from benchmarks.providers import BARE, COMPILE, COPY, NATIVE, OURS
@@ -319,7 +319,7 @@ def _in_memory(row: Row) -> int:
 def _commit(environment: dict[str, Any]) -> str:
     if not environment["git_commit"]:
         return ""
-    return f", commit {environment['git_commit'][:10]}{' with changes' if environment['git_dirty'] else ''}"
+    return f", commit {commit(environment)}"
 
 
 def _span(values: Sequence[float]) -> str:

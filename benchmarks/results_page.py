@@ -12,7 +12,7 @@ from benchmarks import groups, plot, results_plots, store
 from benchmarks import results_statistics as statistics
 from benchmarks.accuracy import Row, Summary, player_name, summarize
 from benchmarks.accuracy_report import accuracy_text, group_label, percent
-from benchmarks.environment import machine
+from benchmarks.environment import commit, machine
 from benchmarks.studies import STUDIES
 from benchmarks.tables import markdown_table, number
 
@@ -27,7 +27,7 @@ Top-1 % of the **last** epoch, mean ± sample deviation over seeds. The images s
 nearest" is the student as warm-up leaves it: weights untouched, ranges the minima and maxima seen so far, also where
 the recipe then takes others; "-" where they still moved after warm-up. The authors' runs are their published trainer
 (`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their recipe
-after as many steps of as many images. "On real images" is no result but a bound: trained on the scoring images
+after as many steps of as many images. "On real images" is no result but a comparison: trained on the scoring images
 themselves, without their labels, cropped and flipped as the recipe has it, in the place of generated ones, which shows
 what the quantiser and the schedule allow. "Held-out agreement" is the share of generated images, which no training saw,
 on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
@@ -220,7 +220,15 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
         parts.append(markdown_table(header, [_ablation_line(group, base) for group in lines]))
         parts += _verdict(lines, base)
     pictures = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(held)]
-    return [*parts, *pictures, f"{machine(held['environment'])} (`benchmarks/results/{path.name}`)", *_commands([held])]
+    made = f"{machine(held['environment'])} (`benchmarks/results/{path.name}`{_other_commits(held)})"
+    return [*parts, *pictures, made, *_commands([held])]
+
+
+def _other_commits(held: dict[str, Any]) -> str:
+    """Those of rows that were stored before the last: a file is gone on with."""
+    last = held["environment"]
+    others = {commit(row) for row in held["rows"] if row.get("git_commit")} - {commit(last)}
+    return f"; rows also of {', '.join(sorted(others))}" if others else ""
 
 
 def _verdict(shown: Sequence[Summary], base: Summary | None) -> list[str]:
@@ -236,9 +244,18 @@ def _verdict(shown: Sequence[Summary], base: Summary | None) -> list[str]:
         for group, p in tested
         if p is not None and p < LEVEL and (by := statistics.difference(group, base)) is not None
     ]
+    pooled = statistics.pooled_error([base, *known])
+    exact = (
+        ""
+        if base.deviation or not pooled
+        else (
+            f" The base's runs agree to the digit by accident, so the test sees too much: the standard error of a "
+            f"difference, with the deviation of all settings pooled, is {pooled:.2f}."
+        )
+    )
     return [
         f"Of {len(known)} settings with two seeds or more, top-1 of {', '.join(found) or 'none'} differs from the "
-        f"base's at the level of {LEVEL:g} (Welch's t-test; one in {1 / LEVEL:.0f} does by chance)."
+        f"base's at the level of {LEVEL:g} (Welch's t-test; one in {1 / LEVEL:.0f} does by chance).{exact}"
     ]
 
 

@@ -155,6 +155,17 @@ def p_value(group: Summary, other: Summary) -> float | None:
     return float(stats.ttest_ind(group.accuracies, other.accuracies, equal_var=False).pvalue)
 
 
+def pooled_error(groups: Sequence[Summary]) -> float | None:
+    """Standard error of the difference of two groups' means where all groups had one deviation, of as many seeds as the
+    smallest; None where no group has two seeds."""
+    several = [group for group in groups if group.deviation is not None]
+    if not several:
+        return None
+    freedom = sum(len(group.accuracies) - 1 for group in several)
+    squares = sum((len(group.accuracies) - 1) * (group.deviation or 0) ** 2 for group in several)
+    return math.sqrt(squares / freedom * 2 / min(len(group.accuracies) for group in several))
+
+
 def held_out_difference(group: Summary, other: Summary, signal: str) -> tuple[float, float | None] | None:
     """:func:`difference` of the last epochs' signal; None where the held-out images are not the same ones."""
     digests = {row.get("held_out_digest") for each in (group, other) for row in each.rows if row["status"] == "ok"}

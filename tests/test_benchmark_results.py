@@ -369,6 +369,9 @@ def test_what_differs_by_more_than_seeds_do_is_named() -> None:
     assert "top-1 of none differs" in page(base=(80.0, 81.0), g2=(80.0, 82.0))
     assert "`gamma=2.0` (+1.00) differs" in page(base=(80.0, 80.0), g2=(81.0, 81.0))
     assert "differs from the" not in page(base=(80.0,), g2=(84.0,))
+    # Pooled variance (2 * 0 + 2 * 1) / 4, of three seeds each: sqrt(0.5 * 2 / 3).
+    assert "by accident" not in text
+    assert "settings pooled, is 0.58" in page(base=(80.0, 80.0, 80.0), g2=(81.0, 82.0, 83.0))
 
 
 def test_p_values_are_those_of_welchs_test() -> None:
@@ -381,6 +384,15 @@ def test_p_values_are_those_of_welchs_test() -> None:
     assert statistics.p_value(groups_of(83.0, 84.0, 85.0), base) == pytest.approx(0.0213, abs=1e-4)
     assert statistics.p_value(base, groups_of(79.0, 83.0, 87.0)) == pytest.approx(0.4807, abs=1e-4)
     assert statistics.p_value(groups_of(83.0), base) is None
+
+
+def test_commits_of_earlier_rows_are_named() -> None:
+    old = varied(81.0, 1, gamma=2.0) | {"git_commit": "a" * 40, "git_dirty": True}
+    new = row(80.0) | {"git_commit": "b" * 40, "git_dirty": False}
+    held = content(new, old)
+    held["environment"] = held["environment"] | {"git_commit": "b" * 40, "git_dirty": False}
+    text = results_page.content({Path("accuracy-options.json"): held})
+    assert "rows also of aaaaaaaaaa with changes)" in text and "commit bbbbbbbbbb (" in text
 
 
 def test_a_label_leaves_out_what_the_teachers_input_is() -> None:

@@ -1244,7 +1244,8 @@ def test_gpu_sh_dry_run() -> None:
 def test_gpu_sh_dry_run_of_a_campaign(campaign: str, stages: list[str]) -> None:
     # The stages before are those of the shorter set, which the test above looks at.
     first = "ceilings" if campaign == "ops" else "build"
-    done = gpu_sh(campaign, "--dry-run", "--from", first, PYTHON=sys.executable)
+    begin = [] if first == "build" else ["--from", first]
+    done = gpu_sh(campaign, "--dry-run", *begin, PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("stage ")]
     assert [words[1].strip(":") for words in lines] == stages
@@ -1404,7 +1405,7 @@ def test_sources_without_git_are_known_by_their_digest(machinery: Path, standing
 
 
 @pytest.mark.parametrize("status", [3, 77, 78])
-@pytest.mark.parametrize("pattern", ["pip install", "pytest -q -m gpu tests", "--tool initcheck", "benchmarks step"])
+@pytest.mark.parametrize("pattern", ["pip install", "pytest -q -m gpu tests", "--tool racecheck", "benchmarks step"])
 def test_gpu_sh_fails_whatever_the_status(
     machinery: Path, standing_in: dict[str, str], pattern: str, status: int
 ) -> None:

@@ -39,6 +39,7 @@ CONFIGURATIONS = {family: (*found, configs.Config(1, 1)) for family, found in co
 @pytest.mark.parametrize("op", [op for op in triton.KERNELS if op not in LOSSES])
 def test_every_configuration(op: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All families have their own of that number at once, as a kernel asks for few of them."""
+    monkeypatch.delenv("ADADFQ_TRITON_CONFIGS", raising=False)
     for family, found in CONFIGURATIONS.items():
         monkeypatch.setitem(configs.CONFIGS, family, (found[number % len(found)],))
     for i, shape in enumerate(SHAPES):
