@@ -35,7 +35,11 @@ LOGITS = [(16, 10), (3, 1000), (1, 2), (40, 100), (129, 3), (2, 2500)]
 CONFIGURATIONS = {family: (*found, configs.Config(1, 1)) for family, found in configs.CONFIGS.items()}
 
 
-@pytest.mark.parametrize("number", range(max(map(len, CONFIGURATIONS.values()))))
+@pytest.mark.parametrize(
+    "number",
+    range(max(map(len, CONFIGURATIONS.values()))),
+    ids=lambda i: "-".join("{}x{}".format(*found[i % len(found)]) for found in CONFIGURATIONS.values()),
+)
 @pytest.mark.parametrize("op", [op for op in triton.KERNELS if op not in LOSSES])
 def test_every_configuration(op: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All families have their own of that number at once, as a kernel asks for few of them."""
