@@ -28,8 +28,8 @@ nearest" is the student as warm-up leaves it: weights untouched, ranges the mini
 the recipe then takes others; "-" where they still moved after warm-up. The authors' runs are their published trainer
 (`benchmarks/authors_training.py`) on the same teacher, scored alike; "of the authors' gap" compares with their recipe
 after as many steps of as many images. "On real images" is no result but a comparison: trained on the scoring images
-themselves, without their labels, cropped and flipped as the recipe has it, in the place of generated ones, which shows
-what the quantiser and the schedule allow. "Held-out agreement" is the share of generated images, which no training saw,
+themselves, without their labels, cropped and flipped as the recipe has it, in the place of generated ones, which tells
+the generator's share of a gap. "Held-out agreement" is the share of generated images, which no training saw,
 on which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
 (`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing is chosen by
 top-1. Differences are ± their standard error over the seeds of both. Times are without scoring; on a CPU they are CPU
