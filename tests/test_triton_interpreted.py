@@ -63,6 +63,20 @@ def test_losses_in_one_launch_and_in_two(op: str, dtype: torch.dtype) -> None:
         assert_right(op, call(triton.KERNELS[op], op, args), args)
 
 
+@pytest.mark.parametrize("number", range(len(CONFIGURATIONS["elementwise"])))
+def test_a_gradient_without_its_parameters(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a teacher's BatchNorm, which is a constant: a kernel without sums, its last run with 64-bit addresses."""
+    op = "affine_act_fake_quantize_backward"
+    monkeypatch.delenv("ADADFQ_TRITON_CONFIGS", raising=False)
+    monkeypatch.setitem(configs.CONFIGS, "elementwise", (CONFIGURATIONS["elementwise"][number],))
+    if number == len(CONFIGURATIONS["elementwise"]) - 1:
+        monkeypatch.setattr(segments, "LAST_INT32", 0)
+    for i, shape in enumerate(SHAPES):
+        for need_residual in (True, False):
+            args = (*arguments(op, shape, DTYPES[i % 3], i % 2 == 1)[:-2], need_residual, False)
+            assert_right(op, call(triton.KERNELS[op], op, args), args)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", list(triton.KERNELS))
 def test_addresses_of_64_bits(op: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
