@@ -11,7 +11,7 @@ from adadfq import files as atomic
 from benchmarks import groups, plot, results_plots, store
 from benchmarks import results_statistics as statistics
 from benchmarks.accuracy import Row, Summary, player_name, summarize
-from benchmarks.accuracy_report import accuracy_text, group_label, percent
+from benchmarks.accuracy_report import accuracy_text, percent
 from benchmarks.environment import commit, machine
 from benchmarks.studies import STUDIES
 from benchmarks.tables import markdown_table, number
@@ -34,7 +34,8 @@ on which student and teacher name the same class, "held-out loss" the mean L_Q t
 (`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing is chosen by
 top-1. Differences are ± their standard error over the seeds of both. Times are without scoring; on a CPU they are CPU
 time, which whatever else ran has no part in. A command trains what its file does not hold yet: where it names more
-seeds or settings than a table shows, those have not been run.
+seeds or settings than a table shows, those have not been run. "As it was" are runs of a recipe that has changed since,
+with the start of the digest of its settings.
 """
 #: Of the test that tells settings from the base.
 LEVEL = 0.05
@@ -162,7 +163,7 @@ def _line(group: Summary, others: Sequence[Summary]) -> list[str]:
     theirs = None if rival is None else statistics.gap(rival)
     share = f"{gap / theirs:.2f}" if gap is not None and theirs is not None and theirs > 0 else "-"
     return [
-        _label(group, others),
+        statistics.label(group),
         str(len(group.accuracies) + group.diverged),
         accuracy_text(group, "±"),
         percent(gap),
@@ -172,13 +173,6 @@ def _line(group: Summary, others: Sequence[Summary]) -> list[str]:
         str(group.steps),
         number(group.average(statistics.seconds)),
     ]
-
-
-def _label(group: Summary, others: Sequence[Summary]) -> str:
-    label = group_label(group)
-    if sum(group_label(other) == label and statistics.alike(other, group) for other in others) > 1:
-        label += f" ({group.rows[0]['recipe_digest'][:6]})"  # the recipe has changed in between
-    return label
 
 
 def _reached(group: Summary, others: Sequence[Summary]) -> str | None:
@@ -191,7 +185,7 @@ def _reached(group: Summary, others: Sequence[Summary]) -> str | None:
         return None
     clock = {"epoch_cpu_seconds": "processor time", "epoch_seconds": "wall time"}[statistics.clock(group.rows[0])]
     share = f"{100 * ours / theirs:.0f} % of their {clock}"
-    return f"{_label(group, others)} first has the authors' last accuracy ({rival.mean:.2f}) after {share}."
+    return f"{statistics.label(group)} first has the authors' last accuracy ({rival.mean:.2f}) after {share}."
 
 
 def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str]:
@@ -206,7 +200,8 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
         parts.append(STUDIES[study].question)
     header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "against the base"]
     header += ["held-out loss", "against the base", "mean H'", "steps"]
-    for found in groups.grouped(held["rows"], statistics.same_base).values():
+    tables = groups.grouped(held["rows"], statistics.same_base).values()
+    for found in sorted(tables, key=lambda found: not any(map(statistics.is_current, found))):
         if not any(row["variant"] for row in found):
             continue
         shown = summarize(found)
@@ -216,8 +211,10 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
         first = found[0]
         shared = statistics.setting(first, {field for row in found for field in row["variant"]})
         with_ = f" with `{shared}`" if shared else ""
-        parts.append(f"{player_name(first)}, {names.network(first)}, recipe `{first['recipe']}`{with_}:")
-        parts.append(markdown_table(header, [_ablation_line(group, base) for group in lines]))
+        current = any(statistics.is_current(row) for row in found)
+        age = "" if current else statistics.as_it_was(first.get("base_digest"))
+        parts.append(f"{player_name(first)}, {names.network(first)}, recipe `{first['recipe']}`{with_}{age}:")
+        parts.append(markdown_table(header, [_ablation_line(group, base, current) for group in lines]))
         parts += _verdict(lines, base)
     pictures = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(held)]
     made = f"{machine(held['environment'])} (`benchmarks/results/{path.name}`{_other_commits(held)})"
@@ -263,8 +260,14 @@ def _varied(held: dict[str, Any]) -> list[Row]:
     return [row for row in held["rows"] if row["variant"]]
 
 
-def _ablation_line(group: Summary, base: Summary | None) -> list[str]:
-    """Top-1 and the held-out measures, each with its difference to the base."""
+def _ablation_line(group: Summary, base: Summary | None, current: bool) -> list[str]:
+    """Top-1 and the held-out measures, each with its difference to the base.
+
+    Args:
+        group: of one setting.
+        base: what it is compared with.
+        current: whether the table's recipe still is what it was, so that a setting that is not is marked.
+    """
 
     def against(difference: Callable[[Summary, Summary], tuple[float, float | None] | None], digits: int) -> str:
         if base is None or (found := difference(group, base)) is None:
@@ -279,8 +282,9 @@ def _ablation_line(group: Summary, base: Summary | None) -> list[str]:
     mean_loss = group.average(lambda row: statistics.last(row, "held_out_loss"))
     nearest = group.round_to_nearest
     collapsed = group.mean is not None and nearest is not None and group.mean < nearest
+    age = statistics.as_it_was(None) if current and not statistics.is_current(group.rows[0]) else ""
     return [
-        f"`{group.label}`",
+        f"`{group.label}`{age}",
         str(len(group.accuracies) + group.diverged),
         accuracy_text(group, "±") + (f", below round to nearest ({nearest:.2f})" if collapsed else ""),
         against(statistics.difference, 2),

@@ -12,7 +12,6 @@ import numpy as np
 from benchmarks import groups, plot
 from benchmarks import results_statistics as statistics
 from benchmarks.accuracy import OURS, REAL, Row, Summary, player_name, summarize
-from benchmarks.accuracy_report import group_label
 
 #: Fields whose grid is drawn as a map.
 BOUNDS = ("lambda_l", "lambda_u")
@@ -68,7 +67,8 @@ def plots(files: dict[Path, dict[str, Any]]) -> dict[str, Callable[[Path], Path]
 
 def digested(files: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     """What the plots are made of, all of them."""
-    return {"files": [files[path] for path in sorted(files)]}
+    current = [statistics.is_current(row) for path in sorted(files) for row in files[path]["rows"]]
+    return {"files": [files[path] for path in sorted(files)], "current": current}
 
 
 def _wrapped(label: str) -> str:
@@ -80,7 +80,7 @@ def _time(panel: tuple[str, list[Summary]], axis: Any) -> None:
     title, found = panel
     for group in found:
         if (curve := statistics.by_time(group)) is not None:
-            axis.plot(*curve, label=_wrapped(f"{group_label(group)}, {group.steps} steps"))
+            axis.plot(*curve, label=_wrapped(f"{statistics.label(group)}, {group.steps} steps"))
     axis.axhline(found[0].teacher, color="black", linewidth=0.8, linestyle="--", label="teacher")
     axis.set_xscale("log")
     clock = "seconds of the processor" if found[0].rows[0]["device"] == "cpu" else "seconds"
@@ -102,7 +102,7 @@ def _h_prime(panel: tuple[str, Summary], axis: Any) -> None:
             axis.axhline(value, color="black", linewidth=0.8, linestyle="--")
     if row.get("warmup_epochs") is not None:
         axis.axvline(row["warmup_epochs"] + 0.5, color="gray", linewidth=0.8)
-    title = f"{name} {group_label(group)}, seed {row['seed']}"
+    title = f"{name} {statistics.label(group)}, seed {row['seed']}"
     axis.set(title=title, xlabel="epoch (gray: the student starts)", ylabel="H'", ylim=(0, 1))
     axis.title.set_fontsize(8)
 

@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+import adadfq
+from adadfq.errors import InvalidInputError
 from benchmarks import groups
 from benchmarks.accuracy import AUTHORS, IDENTITY, OURS, REAL, Row, Summary, key, summarize
+from benchmarks.accuracy_grid import recipe_digest
+from benchmarks.accuracy_report import group_label
 
 #: Signal of :class:`adadfq.HeldOut` -> sign that makes larger better.
 SIGNALS = {"held_out_agreement": 1, "held_out_loss": -1, "held_out_kl": -1, "held_out_mirrored_kl": -1}
@@ -37,6 +41,26 @@ def unique(files: Iterable[Mapping[str, Any]]) -> list[Row]:
 def is_plain(row: Row) -> bool:
     """Whether a run is of its recipe as set: the grid varied nothing, or to what was set anyway."""
     return not row["variant"] or row["recipe_digest"] == row.get("base_digest")
+
+
+def is_current(row: Row) -> bool:
+    """Whether its recipe, by name and with its settings, still is what it was when it ran."""
+    try:
+        recipe = adadfq.Recipe.named(row["recipe"], weight_bits=row["weight_bits"], **row["settings"])
+    except InvalidInputError:  # a recipe or a field that there is no more
+        return False
+    return recipe_digest(recipe) == row["recipe_digest"]
+
+
+def as_it_was(digest: str | None) -> str:
+    """Said of a recipe that is another by now."""
+    return ", as it was" + ("" if digest is None else f" ({digest[:6]})")
+
+
+def label(group: Summary) -> str:
+    """A group's player and recipe, and whether that was another recipe then."""
+    first = group.rows[0]
+    return group_label(group) + ("" if is_current(first) else as_it_was(first["recipe_digest"]))
 
 
 def setting(row: Row, leave_out: Iterable[str] = ()) -> str:

@@ -57,20 +57,19 @@ STUDIES: dict[str, Study] = {
         {"epochs": 8, "steps_per_epoch": 200},
     ),
     "parts": Study(
-        "What is each part of adadfq_plus worth within it? Each is left out alone, but for the optimizer and its "
-        "schedule, and both ranges of least error together; replays and the mirrored teacher are put in.",
+        "What is each part of adadfq_plus worth within it, and what would options be that it does without? One change "
+        "each; the optimizer and its schedule stay.",
         (3,),
         "adadfq_plus",
         {"epochs": 8, "steps_per_epoch": 200},
         (
             {},
-            {"gamma": 1.0},
-            {"crop": 0, "flip": False},
-            {"feature_weight": 0.0},
-            {"learn_steps": False},
             {"act_range": "minmax"},
-            {"weight_range": "minmax"},
-            {"act_range": "minmax", "weight_range": "minmax"},
+            {"learn_steps": False},
+            {"feature_weight": 0.0},
+            {"weight_range": "mse"},
+            {"gamma": 10.0},
+            {"crop": 2, "flip": True},
             {"replays": 1},
             {"mirror_teacher": True},
         ),

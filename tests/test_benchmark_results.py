@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import adadfq
 from benchmarks import accuracy, accuracy_report, groups, results_page, results_plots, store
 from benchmarks import results_statistics as statistics
 from benchmarks.__main__ import main
 from benchmarks.accuracy import summarize
+from benchmarks.accuracy_grid import recipe_digest
 from benchmarks.environment import describe
 
 ENVIRONMENT = describe(torch.device("cpu"))
 COMMAND = "python -m benchmarks accuracy resnet20 --recipe cifar10_resnet20 --bits 3"
 
 
-BASE = "0" * 16
+BASE = recipe_digest(adadfq.Recipe.named("cifar10_resnet20", weight_bits=3, epochs=10))
 
 
 def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
@@ -72,8 +73,8 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def varied(value: float | None, seed: int, **variant: Any) -> dict[str, Any]:
-    """A run of `row`'s recipe with other settings; each has a digest of its own."""
-    digest = hashlib.sha256(repr(sorted(variant.items())).encode()).hexdigest()[:16]
+    """A run of `row`'s recipe with other settings."""
+    digest = recipe_digest(adadfq.Recipe.named("cifar10_resnet20", weight_bits=3, **{"epochs": 10, **variant}))
     bounds = {name: value for name, value in variant.items() if name.startswith("lambda")}
     return row(value, seed, settings={"epochs": 10, **variant}, variant=variant, recipe_digest=digest, **bounds)
 
@@ -189,13 +190,13 @@ def test_differences_to_the_base(results: Path) -> None:
     second = varied(61.0, 1, precision="bfloat16")
     groups = summarize([first, second])
     assert statistics.base(groups[1], groups) is groups[0]
-    lines = [results_page._ablation_line(group, groups[0]) for group in groups]
+    lines = [results_page._ablation_line(group, groups[0], True) for group in groups]
     assert [line[3] for line in lines] == ["base", "+1.00"] and [line[5] for line in lines] == ["base", "+1.00"]
-    diverged = results_page._ablation_line(summarize([varied(None, 1, gamma=0.0)])[0], groups[0])
+    diverged = results_page._ablation_line(summarize([varied(None, 1, gamma=0.0)])[0], groups[0], True)
     assert diverged[2:8] == ["- (1 diverged)", "-", "-", "-", "-", "-"]
     # Held-out measures of other images do not compare.
     (other,) = summarize([varied(61.0, 1, precision="bfloat16") | {"held_out_digest": "5" * 16}])
-    assert [results_page._ablation_line(other, groups[0])[i] for i in (3, 5, 7)] == ["+1.00", "-", "-"]
+    assert [results_page._ablation_line(other, groups[0], True)[i] for i in (3, 5, 7)] == ["+1.00", "-", "-"]
 
 
 @pytest.mark.parametrize("name", ["accuracy-a.json", "accuracy-z.json"])
@@ -303,11 +304,24 @@ def test_a_bound_is_off_the_plot_of_speed() -> None:
 def test_a_recipe_that_changed_is_told_apart() -> None:
     stored = {Path("accuracy-x.json"): content(row(80.0), row(82.0, recipe_digest="1" * 16))}
     text = results_page.content(stored)
-    assert "adadfq, cifar10_resnet20 epochs=10 (000000) |" in text
-    assert "adadfq, cifar10_resnet20 epochs=10 (111111) |" in text
+    assert "| adadfq, cifar10_resnet20 epochs=10 |" in text
+    assert "| adadfq, cifar10_resnet20 epochs=10, as it was (111111) |" in text
     # Of two bases, the one in the file itself.
     other = {Path("accuracy-y.json"): content(row(70.0, recipe_digest="1" * 16), varied(71.0, 1, gamma=0.0))}
     assert "| 71.00 | +1.00 |" in results_page.content({**stored, **other})
+
+
+def test_variants_of_a_recipe_that_changed_are_told_apart() -> None:
+    gone = varied(60.0, 1, gamma=2.0)
+    gone["variant"] = {"no_option": 0.5}
+    gone["settings"] = {"epochs": 10, "no_option": 0.5}
+    old = varied(70.0, 1, gamma=3.0) | {"recipe_digest": "1" * 16, "base_digest": "2" * 16}
+    text = results_page.content({Path("accuracy-x.json"): content(old, row(80.0), varied(81.0, 1, gamma=0.0), gone)})
+    now, before = text.split("recipe `cifar10_resnet20` with `epochs=10`:")[1].split(
+        "recipe `cifar10_resnet20` with `epochs=10`, as it was (222222):"
+    )
+    assert "| `gamma=0.0` |" in now and "| `no_option=0.5`, as it was |" in now and "gamma=3.0" not in now
+    assert "| `gamma=3.0` |" in before
 
 
 def test_correlations() -> None:
