@@ -42,10 +42,14 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def _fields(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of one network and recipe, by a heading of theirs."""
+    """Rows of one network and recipe, by a heading of theirs; a recipe that changed in between is another."""
     names = groups.Names(rows)
-    found = groups.grouped(rows, lambda row: (groups.of_network(row), row["recipe"]))
-    return {f"{names.network(held[0])} {recipe}": held for (_, recipe), held in found.items()}
+    found = groups.grouped(rows, lambda row: (groups.of_network(row), row["recipe"], row.get("base_digest")))
+    headings = [f"{names.network(held[0])} {recipe}" for (_, recipe, _), held in found.items()]
+    return {
+        heading if headings.count(heading) == 1 else f"{heading} ({(digest or 'unknown')[:6]})": held
+        for heading, ((_, _, digest), held) in zip(headings, found.items(), strict=True)
+    }
 
 
 def group_label(summary: Summary) -> str:

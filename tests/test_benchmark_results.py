@@ -322,6 +322,9 @@ def test_variants_of_a_recipe_that_changed_are_told_apart() -> None:
     )
     assert "| `gamma=0.0` |" in now and "| `no_option=0.5`, as it was |" in now and "gamma=3.0" not in now
     assert "| `gamma=3.0` |" in before
+    fields = accuracy_report._fields([old, row(80.0), gone])
+    assert list(fields) == ["resnet20 3w3a cifar10_resnet20 (222222)", f"resnet20 3w3a cifar10_resnet20 ({BASE[:6]})"]
+    assert list(accuracy_report._fields([row(80.0), gone])) == ["resnet20 3w3a cifar10_resnet20"]
 
 
 def test_correlations() -> None:
