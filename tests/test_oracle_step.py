@@ -146,7 +146,7 @@ def _widths(name: str) -> list[int]:
 
 
 #: Where H' of the usual seed's batches does not reach both bounds.
-SEEDS = {"adadfq_plus": 4}
+SEEDS = {"adadfq_plus": 10}
 EVERY_RECIPE = [(name, bits) for name in Recipe.names() for bits in _widths(name)]
 
 
