@@ -85,7 +85,7 @@ STUDIES: dict[str, Study] = {
         (3,),
         "adadfq_plus",
         {"epochs": 40, "steps_per_epoch": 200},
-        ({}, {"crop": 0, "flip": False}, {"weight_range": "minmax"}, _LEAN),
+        ({}, {"gamma": 1.0}, {"crop": 0, "flip": False}, {"weight_range": "minmax"}, _LEAN),
     ),
     "losses": Study(
         "What is each term of the generator's loss worth? Without L_ds, without L_as, without the margin, without "
