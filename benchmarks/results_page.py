@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -195,7 +196,7 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
     everything = [*summarize(held["rows"]), *summarize(rows)]
     names = groups.Names(rows)
     study = path.stem.removeprefix("accuracy-")
-    parts = [f"## {study.replace('-', ' ').capitalize()}"]
+    parts = [f"## {re.sub('[-_]', ' ', study).capitalize()}"]
     if study in STUDIES:
         parts.append(STUDIES[study].question)
     header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "against the base"]

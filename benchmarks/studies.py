@@ -80,7 +80,7 @@ STUDIES: dict[str, Study] = {
             {"mirror_teacher": True},
         ),
     ),
-    "parts-whole": Study(
+    "parts_whole": Study(
         "And over all steps? For the parts that a fifth of them does not ask for.",
         (3,),
         "adadfq_plus",
