@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import groups
 from benchmarks.accuracy import Row, Summary, player_name, summarize
+from benchmarks.recipe_age import run_age, table_age
 from benchmarks.tables import number, text_table
 
 
@@ -28,7 +29,7 @@ def text(rows: Sequence[Row]) -> str:
     names = groups.Names(rows)
     lines = [
         [
-            f"{names.network(summary.rows[0])} {summary.rows[0]['recipe']} {summary.label}",
+            f"{names.network(summary.rows[0])} {summary.rows[0]['recipe']} {summary.label}{run_age(summary.rows[0])}",
             str(len(summary.accuracies) + summary.diverged),
             accuracy_text(summary, "+-"),
             f"{summary.teacher:.2f}",
@@ -42,14 +43,11 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def _fields(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of one network and recipe, by a heading of theirs; a recipe that changed in between is another."""
+    """Rows of one network and recipe, by a heading of theirs; those of a recipe as it was apart, and last."""
     names = groups.Names(rows)
-    found = groups.grouped(rows, lambda row: (groups.of_network(row), row["recipe"], row.get("base_digest")))
-    headings = [f"{names.network(held[0])} {recipe}" for (_, recipe, _), held in found.items()]
-    return {
-        heading if headings.count(heading) == 1 else f"{heading} ({(digest or 'unknown')[:6]})": held
-        for heading, ((_, _, digest), held) in zip(headings, found.items(), strict=True)
-    }
+    found = groups.grouped(rows, lambda row: (groups.of_network(row), row["recipe"], table_age(row)))
+    ordered = sorted(found.items(), key=lambda item: item[0][2] != "")
+    return {f"{names.network(held[0])} {recipe}{age}": held for (_, recipe, age), held in ordered}
 
 
 def group_label(summary: Summary) -> str:

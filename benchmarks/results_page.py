@@ -1,4 +1,4 @@
-"""docs/results.md and its plots, from the stored files of accuracies and nothing else."""
+"""docs/results.md and its plots: from the stored files of accuracies, and the recipes that tell which are of today."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adadfq import files as atomic
-from benchmarks import groups, plot, results_plots, store
+from benchmarks import groups, plot, recipe_age, results_plots, store
 from benchmarks import results_statistics as statistics
 from benchmarks.accuracy import Row, Summary, player_name, summarize
 from benchmarks.accuracy_report import accuracy_text, percent
@@ -36,7 +36,7 @@ on which student and teacher name the same class, "held-out loss" the mean L_Q t
 top-1. Differences are ± their standard error over the seeds of both. Times are without scoring; on a CPU they are CPU
 time, which whatever else ran has no part in. A command trains what its file does not hold yet: where it names more
 seeds or settings than a table shows, those have not been run. "As it was" are runs of a recipe that has changed since,
-with the start of the digest of its settings.
+or with an option that is gone; in brackets the start of the digest of their settings, over a table of its base's.
 """
 #: Of the test that tells settings from the base.
 LEVEL = 0.05
@@ -202,7 +202,7 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
     header = ["setting", "seeds", "top-1 %", "against the base", "held-out agreement %", "against the base"]
     header += ["held-out loss", "against the base", "mean H'", "steps"]
     tables = groups.grouped(held["rows"], statistics.same_base).values()
-    for found in sorted(tables, key=lambda found: not any(map(statistics.is_current, found))):
+    for found in sorted(tables, key=lambda found: not recipe_age.base_is_current(found[0])):
         if not any(row["variant"] for row in found):
             continue
         shown = summarize(found)
@@ -212,10 +212,9 @@ def _ablation(path: Path, held: dict[str, Any], rows: Sequence[Row]) -> list[str
         first = found[0]
         shared = statistics.setting(first, {field for row in found for field in row["variant"]})
         with_ = f" with `{shared}`" if shared else ""
-        current = any(statistics.is_current(row) for row in found)
-        age = "" if current else statistics.as_it_was(first.get("base_digest"))
+        age = recipe_age.table_age(first)
         parts.append(f"{player_name(first)}, {names.network(first)}, recipe `{first['recipe']}`{with_}{age}:")
-        parts.append(markdown_table(header, [_ablation_line(group, base, current) for group in lines]))
+        parts.append(markdown_table(header, [_ablation_line(group, base) for group in lines]))
         parts += _verdict(lines, base)
     pictures = [f"![{name}](../benchmarks/results/{path.stem}-{name}.png)" for name in plot.names(held)]
     made = f"{machine(held['environment'])} (`benchmarks/results/{path.name}`{_other_commits(held)})"
@@ -238,7 +237,7 @@ def _verdict(shown: Sequence[Summary], base: Summary | None) -> list[str]:
     if not known:
         return []
     found = [
-        f"`{group.label}` ({by[0]:+.2f})"
+        f"{_setting(group)} ({by[0]:+.2f})"
         for group, p in tested
         if p is not None and p < LEVEL and (by := statistics.difference(group, base)) is not None
     ]
@@ -257,18 +256,19 @@ def _verdict(shown: Sequence[Summary], base: Summary | None) -> list[str]:
     ]
 
 
+def _setting(group: Summary) -> str:
+    """A line's label; marked where its table's recipe is today's and its own is not, as of an option that is gone."""
+    first = group.rows[0]
+    stale = recipe_age.base_is_current(first) and not recipe_age.is_current(first)
+    return f"`{group.label}`" + (recipe_age.as_it_was() if stale else "")
+
+
 def _varied(held: dict[str, Any]) -> list[Row]:
     return [row for row in held["rows"] if row["variant"]]
 
 
-def _ablation_line(group: Summary, base: Summary | None, current: bool) -> list[str]:
-    """Top-1 and the held-out measures, each with its difference to the base.
-
-    Args:
-        group: of one setting.
-        base: what it is compared with.
-        current: whether the table's recipe still is what it was, so that a setting that is not is marked.
-    """
+def _ablation_line(group: Summary, base: Summary | None) -> list[str]:
+    """Top-1 and the held-out measures, each with its difference to the base."""
 
     def against(difference: Callable[[Summary, Summary], tuple[float, float | None] | None], digits: int) -> str:
         if base is None or (found := difference(group, base)) is None:
@@ -283,9 +283,8 @@ def _ablation_line(group: Summary, base: Summary | None, current: bool) -> list[
     mean_loss = group.average(lambda row: statistics.last(row, "held_out_loss"))
     nearest = group.round_to_nearest
     collapsed = group.mean is not None and nearest is not None and group.mean < nearest
-    age = statistics.as_it_was(None) if current and not statistics.is_current(group.rows[0]) else ""
     return [
-        f"`{group.label}`{age}",
+        _setting(group),
         str(len(group.accuracies) + group.diverged),
         accuracy_text(group, "±") + (f", below round to nearest ({nearest:.2f})" if collapsed else ""),
         against(statistics.difference, 2),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import groups, plot
+from benchmarks import groups, plot, recipe_age
 from benchmarks import results_statistics as statistics
 from benchmarks.accuracy import OURS, REAL, Row, Summary, player_name, summarize
 
@@ -67,8 +67,8 @@ def plots(files: dict[Path, dict[str, Any]]) -> dict[str, Callable[[Path], Path]
 
 def digested(files: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     """What the plots are made of, all of them."""
-    current = [statistics.is_current(row) for path in sorted(files) for row in files[path]["rows"]]
-    return {"files": [files[path] for path in sorted(files)], "current": current}
+    ages = [recipe_age.run_age(row) for path in sorted(files) for row in files[path]["rows"]]
+    return {"files": [files[path] for path in sorted(files)], "ages": ages}
 
 
 def _wrapped(label: str) -> str:
@@ -131,7 +131,7 @@ def _bounds(path: Path, rows: Sequence[Row], everything: Sequence[Row]) -> list[
         if len(shown) > 3 and any(group.accuracies for group in shown):
             first = held[0]
             title = f"{path.stem.removeprefix('accuracy-')}: {player_name(first)}, {names.network(first)}"
-            panels.append((title, shown))
+            panels.append((title + recipe_age.table_age(first), shown))
     return panels
 
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-import adadfq
-from adadfq.errors import InvalidInputError
 from benchmarks import groups
 from benchmarks.accuracy import AUTHORS, IDENTITY, OURS, REAL, Row, Summary, key, summarize
-from benchmarks.accuracy_grid import recipe_digest
 from benchmarks.accuracy_report import group_label
+from benchmarks.recipe_age import is_current, run_age
 
 #: Signal of :class:`adadfq.HeldOut` -> sign that makes larger better.
 SIGNALS = {"held_out_agreement": 1, "held_out_loss": -1, "held_out_kl": -1, "held_out_mirrored_kl": -1}
@@ -43,24 +41,9 @@ def is_plain(row: Row) -> bool:
     return not row["variant"] or row["recipe_digest"] == row.get("base_digest")
 
 
-def is_current(row: Row) -> bool:
-    """Whether its recipe, by name and with its settings, still is what it was when it ran."""
-    try:
-        recipe = adadfq.Recipe.named(row["recipe"], weight_bits=row["weight_bits"], **row["settings"])
-    except InvalidInputError:  # a recipe or a field that there is no more
-        return False
-    return recipe_digest(recipe) == row["recipe_digest"]
-
-
-def as_it_was(digest: str | None) -> str:
-    """Said of a recipe that is another by now."""
-    return ", as it was" + ("" if digest is None else f" ({digest[:6]})")
-
-
 def label(group: Summary) -> str:
     """A group's player and recipe, and whether that was another recipe then."""
-    first = group.rows[0]
-    return group_label(group) + ("" if is_current(first) else as_it_was(first["recipe_digest"]))
+    return group_label(group) + run_age(group.rows[0])
 
 
 def setting(row: Row, leave_out: Iterable[str] = ()) -> str:
@@ -75,7 +58,7 @@ def last(row: Row, name: str) -> float | None:
 
 
 def plain(rows: Sequence[Row]) -> list[Summary]:
-    """The groups of runs as set: by teacher, then by width, then by number of steps."""
+    """The groups of runs as set: by teacher, then by width, those of today's recipes first, then by number of steps."""
     found = summarize([row for row in rows if is_plain(row)])
     return sorted(
         found,
@@ -84,6 +67,7 @@ def plain(rows: Sequence[Row]) -> list[Summary]:
             group.rows[0]["data"],
             group.rows[0]["weight_bits"],
             group.rows[0]["act_bits"],
+            not is_current(group.rows[0]),
             group.steps,
         ),
     )

@@ -17,7 +17,7 @@ _WHOLE = {"epochs": 40, "lr_milestones": (10, 20, 30)}
 #: Short ones, to compare settings: 3 epochs of the student's training.
 _SHORT = {"epochs": 5, "warmup_epochs": 2, "calibration_epochs": 2}
 
-#: adadfq_plus without the parts that a fifth of its steps does not ask for.
+#: adadfq_plus without its augmentation and its weights' ranges of least error.
 _LEAN = {"crop": 0, "flip": False, "weight_range": "minmax"}
 
 
@@ -60,8 +60,8 @@ STUDIES: dict[str, Study] = {
         {"epochs": 8, "steps_per_epoch": 200},
     ),
     "parts": Study(
-        "What is each part of adadfq_plus worth within it? Each is left out alone, but for the optimizer and its "
-        "schedule, and some together; replays and the mirrored teacher are put in.",
+        "What is each part of adadfq_plus worth within it, in a fifth of the steps? Each but the optimizer and its "
+        "schedule is left out alone, and some together; replays and the mirrored teacher are put in.",
         (3,),
         "adadfq_plus",
         {"epochs": 8, "steps_per_epoch": 200},
@@ -81,7 +81,7 @@ STUDIES: dict[str, Study] = {
         ),
     ),
     "parts_whole": Study(
-        "And over all steps? For the parts that a fifth of them does not ask for.",
+        "What are those parts of adadfq_plus worth over all its steps that a fifth of them does not ask for?",
         (3,),
         "adadfq_plus",
         {"epochs": 40, "steps_per_epoch": 200},

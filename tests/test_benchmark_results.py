@@ -1,4 +1,4 @@
-"""docs/results.md: its numbers from made-up rows, its plots, and that it is made of the stored files alone."""
+"""docs/results.md: its numbers from made-up rows, its plots, and that it shows the stored files and today's recipes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import adadfq
-from benchmarks import accuracy, accuracy_report, groups, results_page, results_plots, store
+from benchmarks import accuracy, accuracy_report, groups, recipe_age, results_page, results_plots, store
 from benchmarks import results_statistics as statistics
 from benchmarks.__main__ import main
 from benchmarks.accuracy import summarize
@@ -21,7 +21,12 @@ ENVIRONMENT = describe(torch.device("cpu"))
 COMMAND = "python -m benchmarks accuracy resnet20 --recipe cifar10_resnet20 --bits 3"
 
 
-BASE = recipe_digest(adadfq.Recipe.named("cifar10_resnet20", weight_bits=3, epochs=10))
+def digest(weight_bits: int, **settings: Any) -> str:
+    """Of the recipe that `row` has."""
+    return recipe_digest(adadfq.Recipe.named("cifar10_resnet20", weight_bits=weight_bits, **settings))
+
+
+BASE = digest(3, epochs=10)
 
 
 def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
@@ -74,9 +79,9 @@ def row(value: float | None, seed: int = 1, **changes: Any) -> dict[str, Any]:
 
 def varied(value: float | None, seed: int, **variant: Any) -> dict[str, Any]:
     """A run of `row`'s recipe with other settings."""
-    digest = recipe_digest(adadfq.Recipe.named("cifar10_resnet20", weight_bits=3, **{"epochs": 10, **variant}))
     bounds = {name: value for name, value in variant.items() if name.startswith("lambda")}
-    return row(value, seed, settings={"epochs": 10, **variant}, variant=variant, recipe_digest=digest, **bounds)
+    settings = {"epochs": 10, **variant}
+    return row(value, seed, settings=settings, variant=variant, recipe_digest=digest(3, **settings), **bounds)
 
 
 def content(*rows: dict[str, Any]) -> dict[str, Any]:
@@ -190,13 +195,13 @@ def test_differences_to_the_base(results: Path) -> None:
     second = varied(61.0, 1, precision="bfloat16")
     groups = summarize([first, second])
     assert statistics.base(groups[1], groups) is groups[0]
-    lines = [results_page._ablation_line(group, groups[0], True) for group in groups]
+    lines = [results_page._ablation_line(group, groups[0]) for group in groups]
     assert [line[3] for line in lines] == ["base", "+1.00"] and [line[5] for line in lines] == ["base", "+1.00"]
-    diverged = results_page._ablation_line(summarize([varied(None, 1, gamma=0.0)])[0], groups[0], True)
+    diverged = results_page._ablation_line(summarize([varied(None, 1, gamma=0.0)])[0], groups[0])
     assert diverged[2:8] == ["- (1 diverged)", "-", "-", "-", "-", "-"]
     # Held-out measures of other images do not compare.
     (other,) = summarize([varied(61.0, 1, precision="bfloat16") | {"held_out_digest": "5" * 16}])
-    assert [results_page._ablation_line(other, groups[0], True)[i] for i in (3, 5, 7)] == ["+1.00", "-", "-"]
+    assert [results_page._ablation_line(other, groups[0])[i] for i in (3, 5, 7)] == ["+1.00", "-", "-"]
 
 
 @pytest.mark.parametrize("name", ["accuracy-a.json", "accuracy-z.json"])
@@ -315,16 +320,36 @@ def test_variants_of_a_recipe_that_changed_are_told_apart() -> None:
     gone = varied(60.0, 1, gamma=2.0)
     gone["variant"] = {"no_option": 0.5}
     gone["settings"] = {"epochs": 10, "no_option": 0.5}
-    old = varied(70.0, 1, gamma=3.0) | {"recipe_digest": "1" * 16, "base_digest": "2" * 16}
+    # What the variant sets is all that has changed: its own digest is today's, its base's is not.
+    old = varied(70.0, 1, gamma=3.0) | {"base_digest": "2" * 16}
     text = results_page.content({Path("accuracy-x.json"): content(old, row(80.0), varied(81.0, 1, gamma=0.0), gone)})
     now, before = text.split("recipe `cifar10_resnet20` with `epochs=10`:")[1].split(
         "recipe `cifar10_resnet20` with `epochs=10`, as it was (222222):"
     )
     assert "| `gamma=0.0` |" in now and "| `no_option=0.5`, as it was |" in now and "gamma=3.0" not in now
     assert "| `gamma=3.0` |" in before
-    fields = accuracy_report._fields([old, row(80.0), gone])
-    assert list(fields) == ["resnet20 3w3a cifar10_resnet20 (222222)", f"resnet20 3w3a cifar10_resnet20 ({BASE[:6]})"]
-    assert list(accuracy_report._fields([row(80.0), gone])) == ["resnet20 3w3a cifar10_resnet20"]
+    heading = "resnet20 3w3a cifar10_resnet20"
+    assert list(accuracy_report._fields([old, row(80.0), gone])) == [heading, f"{heading}, as it was (222222)"]
+    other, unsaid = row(81.0, settings={"epochs": 20}), row(82.0)
+    other["recipe_digest"] = other["base_digest"] = digest(3, epochs=20)
+    del unsaid["base_digest"]
+    assert list(accuracy_report._fields([row(80.0), other, unsaid])) == [heading]
+    lines = accuracy_report.text([row(80.0), row(81.0, recipe_digest="1" * 16)]).splitlines()
+    assert [("as set, as it was (111111)" in line) for line in lines[-2:]] == [False, True]
+
+
+def test_a_recipe_that_changes_makes_page_and_plots_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, results = tmp_path / "results.md", tmp_path / "stored"
+    results.mkdir()
+    store.write(results / "accuracy-x.json", content(row(80.0), varied(81.0, 1, gamma=0.0)))
+    results_page.update(page, results)
+    assert results_page.stale(page, results) == []
+    monkeypatch.setattr(recipe_age, "_today", lambda *_: "9" * 16)
+    names = ("results.md", "time.png", "h-prime.png", "accuracy-x-spread.png")
+    stale = results_page.stale(page, results)
+    assert all(f"{name} does not show the stored results" in stale for name in names), stale
+    assert {path.name for path in results_page.update(page, results)} >= set(names)
+    assert results_page.stale(page, results) == []
 
 
 def test_correlations() -> None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from adadfq.errors import BackendError
 from adadfq.kernels import batch_norm_act, bn_match, configs, segments, tiles
 from adadfq.kernels.segments import channels_at
-from adadfq.ops import dispatch, native_args, triton
+from adadfq.ops import dispatch, native_args, reference, triton
 
 pytestmark = [
     pytest.mark.skipif(not triton.INTERPRETED, reason="tests/test_triton.py runs these, with TRITON_INTERPRET=1"),
@@ -64,17 +64,23 @@ def test_losses_in_one_launch_and_in_two(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(CONFIGURATIONS["elementwise"])))
-def test_a_gradient_without_its_parameters(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("act", ["none", "relu6"])
+def test_a_gradient_without_its_parameters(number: int, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a teacher's BatchNorm, which is a constant: a kernel without sums, its last run with 64-bit addresses."""
     op = "affine_act_fake_quantize_backward"
     monkeypatch.delenv("ADADFQ_TRITON_CONFIGS", raising=False)
     monkeypatch.setitem(configs.CONFIGS, "elementwise", (CONFIGURATIONS["elementwise"][number],))
+    families, choose = set(), configs.choose
+    monkeypatch.setattr(configs, "choose", lambda *args: families.add(args[0]) or choose(*args))
     if number == len(CONFIGURATIONS["elementwise"]) - 1:
         monkeypatch.setattr(segments, "LAST_INT32", 0)
     for i, shape in enumerate(SHAPES):
-        for need_residual in (True, False):
-            args = (*arguments(op, shape, DTYPES[i % 3], i % 2 == 1)[:-2], need_residual, False)
-            assert_right(op, call(triton.KERNELS[op], op, args), args)
+        grad, x, scale, shift, residual = arguments(op, shape, DTYPES[i % 3], i % 2 == 1)[:5]
+        for added, need_residual in ((residual, True), (residual, False), (None, False)):
+            args = grad, x, scale, shift, added, act, need_residual, False
+            got, want = (call(kernels[op], op, args) for kernels in (triton.KERNELS, reference.KERNELS))
+            assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(got, want, strict=True))
+    assert families == {"elementwise"}
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
