@@ -228,10 +228,16 @@ def test_no_other_recipe_or_setting_passes_for_the_base() -> None:
 def test_a_map_of_bounds_has_the_base_too() -> None:
     """Whichever grid made it, and where a variant names one bound alone."""
     grid = [varied(70.0, 1, lambda_l=0.3), varied(71.0, 1, lambda_u=1.0), varied(72.0, 1, lambda_l=0.3, lambda_u=1.0)]
-    ((_, found),) = results_plots._bounds(Path("accuracy-x.json"), grid, [*grid, row(80.0)])
+    ((title, found),) = results_plots._bounds(Path("accuracy-x.json"), grid, [*grid, row(80.0)])
+    assert title == "x: adadfq, resnet20 3w3a"
     pairs = {results_plots._of(group): group.mean for group in found}
     assert pairs == {(0.1, 0.8): 80.0, (0.3, 0.8): 70.0, (0.1, 1.0): 71.0, (0.3, 1.0): 72.0}
     assert results_plots._bounds(Path("accuracy-x.json"), [grid[0], {**grid[1], "player": "authors"}], grid) == []
+    changed = [held | {"base_digest": "2" * 16} for held in grid]
+    ((title, _),) = results_plots._bounds(
+        Path("accuracy-x.json"), changed, [*changed, row(80.0, recipe_digest="2" * 16)]
+    )
+    assert title == "x: adadfq, resnet20 3w3a, as it was (222222)"
 
 
 class _Axis:
@@ -307,10 +313,10 @@ def test_a_bound_is_off_the_plot_of_speed() -> None:
 
 
 def test_a_recipe_that_changed_is_told_apart() -> None:
-    stored = {Path("accuracy-x.json"): content(row(80.0), row(82.0, recipe_digest="1" * 16))}
+    stored = {Path("accuracy-x.json"): content(row(82.0, recipe_digest="1" * 16, steps=1000), row(80.0))}
     text = results_page.content(stored)
-    assert "| adadfq, cifar10_resnet20 epochs=10 |" in text
-    assert "| adadfq, cifar10_resnet20 epochs=10, as it was (111111) |" in text
+    today, then = (text.find(f"| adadfq, cifar10_resnet20 epochs=10{age} |") for age in ("", ", as it was (111111)"))
+    assert 0 < today < then  # though it is the longer run
     # Of two bases, the one in the file itself.
     other = {Path("accuracy-y.json"): content(row(70.0, recipe_digest="1" * 16), varied(71.0, 1, gamma=0.0))}
     assert "| 71.00 | +1.00 |" in results_page.content({**stored, **other})
@@ -328,6 +334,9 @@ def test_variants_of_a_recipe_that_changed_are_told_apart() -> None:
     )
     assert "| `gamma=0.0` |" in now and "| `no_option=0.5`, as it was |" in now and "gamma=3.0" not in now
     assert "| `gamma=3.0` |" in before
+    # A stale setting is marked where it is named once more.
+    spread = [row(80.0 + seed, seed) for seed in (1, 2)] + [gone | {"seed": seed} for seed in (1, 2)]
+    assert "top-1 of `no_option=0.5`, as it was (" in results_page.content({Path("accuracy-x.json"): content(*spread)})
     heading = "resnet20 3w3a cifar10_resnet20"
     assert list(accuracy_report._fields([old, row(80.0), gone])) == [heading, f"{heading}, as it was (222222)"]
     other, unsaid = row(81.0, settings={"epochs": 20}), row(82.0)
