@@ -22,10 +22,10 @@
 # A finished stage leaves a stamp there and is skipped by later runs at the same commit, where nothing is changed;
 # --fresh forgets the stamps, but no rows of files; --from and --only run their stages whatever the stamps say. With
 # --seconds the command begins no stage whose limit does not fit into what is left of them, but gives one that can go on
-# later what is left. A stage that takes longer than its limit fails; what it measured stays in its file, and the same
-# command goes on from there: a training of this project's from its last checkpoint, cases with those that were not yet
-# begun, so that one that hangs or loses the device is the last; after two turns it counts as failed. Run it until it
-# says that all stages are done, or what failed. Outside of git, sources are known by a digest.
+# later what is left. A stage that takes longer than its limit fails, where it had all of it; what it measured stays in
+# its file, and the same command goes on from there: a training of this project's from its last checkpoint, cases with
+# those that were not yet begun, so that one that hangs or loses the device is the last; after two turns it counts as
+# failed. Run it until it says that all stages are done, or what failed. Outside of git, sources are known by a digest.
 # Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.
@@ -167,10 +167,15 @@ run_sanitizer() {
   done
 }
 
+# within SECONDS STAGE: of what a command of the stage may take, what a stage that got less than its limit leaves of it.
+within() {
+  echo $(($1 - limits[$2] + ${STAGE_SECONDS:-limits[$2]}))
+}
+
 run_bench() {
   # Only what a CUDA or Triton kernel serves: the rest would time the reference against itself.
   run --dry-run "$python" -m benchmarks ops --device cuda --suite gpu --kernels-only --rounds 21 --seconds 0.5 \
-    --resume --limit 140 --case-limit 45 --json "$results/ops-cuda.json"
+    --resume --limit "$(within 140 bench)" --case-limit 45 --json "$results/ops-cuda.json"
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
   [ -n "$again" ] || run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
   run --dry-run "$python" -m benchmarks step --device cuda --providers plain,adadfq,adadfq-bf16 --rounds 21 --seconds 10 \
@@ -191,13 +196,14 @@ run_ceilings() {
 
 run_predicted() {
   run --dry-run "$python" -m benchmarks ops --device cuda --suite predicted --kernels-only --providers "adadfq*" \
-    --rounds 21 --seconds 0.5 --resume --limit 480 --case-limit 60 --json "$results/ops-predicted-cuda.json"
+    --rounds 21 --seconds 0.5 --resume --limit "$(within 480 predicted)" --case-limit 60 \
+    --json "$results/ops-predicted-cuda.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-predicted-cuda.json" || return "$partial"
 }
 
 run_judged() {
-  run --dry-run "$python" -m benchmarks ops --device cuda --suite judged --rounds 21 --seconds 0.5 --resume --limit 480 \
-    --case-limit 60 --json "$results/ops-judged-cuda.json"
+  run --dry-run "$python" -m benchmarks ops --device cuda --suite judged --rounds 21 --seconds 0.5 --resume \
+    --limit "$(within 480 judged)" --case-limit 60 --json "$results/ops-judged-cuda.json"
   [ -n "$again" ] || run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" "$results/ops-judged-cuda.json" \
     --out "$results/routes.json"
   [ -n "$dry_run" ] || is_complete "$results/ops-judged-cuda.json" || return "$partial"
@@ -375,7 +381,8 @@ for stage in "${stages[@]}"; do
   fi
   rm -f "$stamp"
   status=0
-  timeout --kill-after=5 "$limit" bash "$root/benchmarks/gpu.sh" ${toy:+training --toy} --inside "$stage" "$results" &
+  STAGE_SECONDS=$limit timeout --kill-after=5 "$limit" \
+    bash "$root/benchmarks/gpu.sh" ${toy:+training --toy} --inside "$stage" "$results" &
   running=$!
   wait "$running" || status=$?
   running=
@@ -383,7 +390,13 @@ for stage in "${stages[@]}"; do
     *-0) [ -z "$commit" ] || echo "$commit" >"$stamp" ;;
     sanitizer-"$left_out") notes+=("stage sanitizer was left out: no compute-sanitizer on PATH, or not for this device") ;;
     *-"$partial") notes+=("stage $stage is not complete: the same command goes on with it") ;;
-    *-124 | *-137) failed+=("stage $stage took longer than $limit s; run again to go on from it") ;;
+    *-124 | *-137)
+      if ((limit < limits[$stage])); then
+        notes+=("stage $stage is not complete after the $limit s that were left: the same command goes on with it")
+      else
+        failed+=("stage $stage took longer than $limit s; run again to go on from it")
+      fi
+      ;;
     *) failed+=("stage $stage failed ($status); run again to go on from it") ;;
   esac
   [ ${#failed[@]} -eq 0 ] || { [ -n "$campaign" ] && [ "$stage" != build ]; } || fail "${failed[0]}"

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -1380,6 +1381,32 @@ def test_gpu_sh_begins_what_fits_and_goes_on(machinery: Path, standing_in: dict[
     assert notes == [True, True, False]
     for stage in ("accuracy", "schedule", "efficientnet"):
         assert f"note: stage {stage} was left out: it needs" in done.stdout
+
+
+@pytest.mark.parametrize("seconds", ["300", "700"])
+def test_a_stage_of_less_time_hands_it_to_its_cases(machinery: Path, standing_in: dict[str, str], seconds: str) -> None:
+    done = gpu_sh("--only", "predicted", "--seconds", seconds, str(machinery / "results"), **standing_in)
+    assert done.returncode == 0, done.stderr
+    (stage,) = re.findall("stage predicted: at most ([0-9]+) s", done.stdout)
+    (made,) = (line.split() for line in (machinery / "log").read_text().splitlines() if "benchmarks ops" in line)
+    # 80 s are for what begins last, and for the start.
+    assert int(made[made.index("--limit") + 1]) == int(stage) - 80
+    assert int(stage) == 560 if seconds == "700" else 290 < int(stage) <= 300
+
+
+@pytest.mark.parametrize("seconds", ["", "300"])
+def test_a_stage_of_less_time_than_its_limit_is_not_complete(
+    machinery: Path, standing_in: dict[str, str], seconds: str
+) -> None:
+    script = machinery / "bin" / "timeout"  # of the stage: its limit is over
+    script.write_text("#!/bin/sh\nexit 124\n")
+    script.chmod(0o755)
+    given = ["--seconds", seconds] if seconds else []
+    done = gpu_sh("training", "--only", "step", *given, str(machinery / "results"), **standing_in)
+    assert done.returncode == (0 if seconds else 1)
+    assert ("note: stage step is not complete after the" in done.stdout) == bool(seconds)
+    assert ("stage step took longer than 560 s" in done.stderr) == (not seconds)
+    assert not (machinery / "results" / ".stage-step").exists() and "all stages" not in done.stdout
 
 
 def test_a_campaign_goes_on_after_a_stage_that_fails(machinery: Path, standing_in: dict[str, str]) -> None:
