@@ -7,10 +7,11 @@ result; accuracies of the epochs before it are kept and choose nothing.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,27 @@ class _Teacher:
             data, recipe.image_size, recipe.num_classes, recipe.mean, recipe.std, recipe.image_channels
         )
         self.images = DecodedImages(images, recipe.image_channels, device)
-        #: What a run that learns from the images is told by; empty for others.
-        self.known = {"pixels": _digest(self.images.pixels())} if real_images else {}
         self.network = load_teacher(model, weights, recipe.num_classes)
+        #: What has to be the same where a run goes on; the images only for one that learns from them.
+        self.known = {"model": _digest_of_code(self.network, model)}
+        if real_images:
+            self.known["pixels"] = _digest(self.images.pixels())
         self.accuracy = scoring.accuracy(self.network, self.images, device=device).top1
 
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+
+
+def _digest_of_code(network: nn.Module, spec: str) -> str:
+    """Of the files that define the network: that of its specification, and those of its modules' classes."""
+    paths = set()
+    for kind in {type(module) for module in network.modules()}:
+        with suppress(TypeError, OSError):  # a class without a file, as of a prompt
+            paths.add(Path(inspect.getfile(kind)))
+    if (path := Path(spec.rpartition(":")[0]).expanduser()).suffix == ".py":
+        paths.add(path)
+    return hashlib.sha256("".join(sorted({files.sha256(path) for path in paths})).encode()).hexdigest()
 
 
 def train_grid(

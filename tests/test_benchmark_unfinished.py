@@ -151,18 +151,36 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     assert [[len(row[name]) for name in TIMES[2:]] for row in folder.rows] == [[5, 5]] * 2
 
 
-@pytest.mark.parametrize("change", ["threads", "sources", "held_out_digest"])
+@pytest.mark.parametrize("change", ["threads", "sources", "held_out_digest", "model"])
 def test_a_run_begun_otherwise_begins_anew(
     folder: Folder, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     place = folder.interrupted(at=7)
     known = json.loads((place / "known.json").read_text())
-    assert known["held_out_digest"] == unbroken[0]["held_out_digest"] and len(known["sources"]) == 64
+    assert known["held_out_digest"] == unbroken[0]["held_out_digest"]
+    assert len(known["sources"]) == len(known["model"]) == 64
     (place / "known.json").write_text(json.dumps({**known, change: "other"}))
     played = steps_played(monkeypatch)
     folder.train()
     assert played == [*range(15), *range(15)] and folder.said[1:] == [f"begun anew: it differs in {change}"]
     assert timeless(folder.rows) == timeless(unbroken)
+
+
+def test_a_network_is_known_by_the_files_that_define_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    block, net = tmp_path / "my_block_of_unfinished.py", tmp_path / "my_net.py"
+    block.write_text("from torch import nn\nclass Block(nn.Sequential): pass\n")
+    net.write_text("from my_block_of_unfinished import *\ndef build(): return nn.Sequential(Block(nn.Linear(2, 2)))\n")
+    spec = f"{net}:build"
+
+    def digest() -> str:
+        return accuracy._digest_of_code(adadfq.build_model(spec), spec)
+
+    found = [digest(), digest()]
+    for path in (block, net):
+        path.write_text(path.read_text() + "# another\n")
+        found.append(digest())
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_a_run_on_real_images_goes_on_with_the_same_images(
