@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,22 @@ def settings(suite: str, models: Sequence[str], batch_sizes: Sequence[int], **ot
     chosen_models = models or tuple(dict.fromkeys(model for model, _ in found))
     chosen_batches = batch_sizes or tuple(dict.fromkeys(batch for _, batch in found))
     return [Setting(model=m, batch_size=b, **others) for m in chosen_models for b in chosen_batches]
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 in products and convolutions, and the same algorithms each time; afterwards as before.
+
+    For what is compared, not for what is timed: TF32, which cuDNN takes by default, makes of the last bit of an input
+    another code of 4 bits.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = False, False, True
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = before
 
 
 @dataclass

@@ -38,7 +38,7 @@ declare -A sets=(
   [training]="build equality step profile accuracy schedule efficientnet endurance"
 )
 declare -A limits=(
-  [build]=120 [tests]=110 [sanitizer]=140 [bench]=190 # seconds; together at most 560
+  [build]=90 [tests]=140 [sanitizer]=140 [bench]=190 # seconds; together at most 560
   [suite]=560 [ceilings]=60 [predicted]=560 [judged]=560 [against]=30 [tune]=560
   [equality]=120 [step]=560 [profile]=90 [accuracy]=560 [schedule]=560 [efficientnet]=560 [endurance]=560
 )
@@ -131,7 +131,10 @@ run_build() {
 }
 
 run_tests() {
-  run --collect-only "$python" -m pytest -q -m gpu tests
+  local jobs
+  jobs=$(nproc)
+  # Most of the time goes into compiling hundreds of Triton's kernels, which processes share.
+  run --collect-only "$python" -m pytest -q -n "$((jobs > 8 ? 8 : jobs))" --dist load -m gpu tests/test_gpu*.py
 }
 
 run_sanitizer() {
@@ -175,7 +178,7 @@ within() {
 run_bench() {
   # Only what a CUDA or Triton kernel serves: the rest would time the reference against itself.
   run --dry-run "$python" -m benchmarks ops --device cuda --suite gpu --kernels-only --rounds 21 --seconds 0.5 \
-    --resume --limit "$(within 140 bench)" --case-limit 45 --json "$results/ops-cuda.json"
+    --resume --limit "$(within 110 bench)" --case-limit 45 --json "$results/ops-cuda.json"
   # Which of the two backends serves what, for ADADFQ_ROUTES or adadfq/ops/routes.json.
   [ -n "$again" ] || run --dry-run "$python" -m benchmarks routes "$results/ops-cuda.json" --out "$results/routes.json"
   run --dry-run "$python" -m benchmarks step --device cuda --providers plain,adadfq,adadfq-bf16 --rounds 21 --seconds 10 \

@@ -48,6 +48,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions on a GPU in float32 and the same each time: TF32 makes other codes of what differs by rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.fixture(params=["reference", NATIVE.NAME])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The reference and a native backend for CPU tensors, forced in turn: see native.py.

@@ -149,6 +149,27 @@ def test_what_is_compared() -> None:
     assert "no gradient for a" in str(changed(student={"a": None}))
 
 
+def test_steps_are_checked_in_exact_float32_and_timed_as_they_are(
+    environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn, found = torch.backends.cudnn, {"checked": set(), "__call__": set()}
+
+    def watch(name: str) -> None:
+        play = getattr(players.Ours, name)
+
+        def looked_at(player: players.Ours, *args: Any) -> Any:
+            found[name].add((cudnn.allow_tf32, cudnn.deterministic))
+            return play(player, *args)
+
+        monkeypatch.setattr(players.Ours, name, looked_at)
+
+    for name in found:
+        watch(name)
+    before = cudnn.allow_tf32, cudnn.deterministic
+    step.prepared(TINY, CPU, environment, None, step.chosen(["adadfq"]))
+    assert before != (False, True) and found == {"checked": {(False, True)}, "__call__": {before}}
+
+
 def test_bfloat16_may_be_off_by_more() -> None:
     ours, deep = KINDS["adadfq-bf16"], Setting(model="resnet18")
     assert step.tolerance_for(TINY, KINDS["adadfq"]) is step.tolerance_for(TINY, KINDS["authors"])

@@ -26,6 +26,7 @@ from adadfq.ops import dispatch, reference
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    pytest.mark.usefixtures("exact_convolutions"),
 ]
 
 TESTS = Path(__file__).parent

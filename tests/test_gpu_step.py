@@ -22,6 +22,7 @@ from adadfq.nn import set_calibrating, step_sizes
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    pytest.mark.usefixtures("exact_convolutions"),
 ]
 
 PRECISION = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
