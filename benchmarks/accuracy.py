@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -109,14 +110,14 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _digest_of_code(network: nn.Module, spec: str) -> str:
-    """Of the files that define the network: that of its specification, and those of its modules' classes."""
-    paths = set()
-    for kind in {type(module) for module in network.modules()}:
+    """Of the files that define the network: that of its specification, and those of its modules' classes and bases."""
+    where = spec.rpartition(":")[0]
+    paths = {str(Path(where).expanduser()), getattr(sys.modules.get(where), "__file__", None) or ""}
+    for kind in {base for module in network.modules() for base in type(module).__mro__}:
         with suppress(TypeError, OSError):  # a class without a file, as of a prompt
-            paths.add(Path(inspect.getfile(kind)))
-    if (path := Path(spec.rpartition(":")[0]).expanduser()).suffix == ".py":
-        paths.add(path)
-    return hashlib.sha256("".join(sorted({files.sha256(path) for path in paths})).encode()).hexdigest()
+            paths.add(inspect.getfile(kind))
+    digests = sorted({files.sha256(path) for path in paths if Path(path).is_file()})
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def train_grid(

@@ -51,7 +51,8 @@ class Pair:
     Attributes:
         first, second: their names.
         play: of each, from a start to the losses.
-        needed: so many steps at least must be equal. Graphs are recorded in the fourth.
+        needed: so many steps at least must be equal. Graphs are recorded in the fourth. Where sums have another order
+            it is one: a code at a tie moves the second. Their gradients are what benchmarks/step.py compares.
         devices: types of device on which the pair is played.
         cpu_way: the one of the two that is played on the CPU.
         most_steps: as a CPU takes its time.
@@ -102,7 +103,7 @@ PAIRS = (
             "GPU": lambda start: _given(_trainer(start, capture=False), start.setting.seed),
             "CPU": lambda start: _given(_trainer(start), start.setting.seed),
         },
-        needed=1,  # in the second, codes at ties are others
+        needed=1,
         devices=("cuda",),
         cpu_way="CPU",
         most_steps=10,

@@ -22,10 +22,11 @@
 # A finished stage leaves a stamp there and is skipped by later runs at the same commit, where nothing is changed;
 # --fresh forgets the stamps, but no rows of files; --from and --only run their stages whatever the stamps say. With
 # --seconds the command begins no stage whose limit does not fit into what is left of them, but gives one that can go on
-# later what is left. A stage that takes longer than its limit fails, where it had all of it; what it measured stays in
-# its file, and the same command goes on from there: a training of this project's from its last checkpoint, cases with
-# those that were not yet begun, so that one that hangs or loses the device is the last; after two turns it counts as
-# failed. Run it until it says that all stages are done, or what failed. Outside of git, sources are known by a digest.
+# later what is left. A stage that takes longer than its limit fails; one that had less is only not complete. What it
+# measured stays in its file, and the same command goes on from there: a training of this project's from its last
+# checkpoint, cases with those that were not yet begun, so that one that hangs or loses the device is the last; after two
+# turns it counts as failed. Run it until it says that all stages are done, or what failed. Outside of git, sources are
+# known by a digest.
 # Needs nvcc, PyTorch with CUDA and Triton; PYTHON names the interpreter.
 #
 # --dry-run runs nothing, on any machine: every command looks at its own options, tests collect, cases are chosen.
@@ -91,6 +92,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+[ -n "$inside" ] || unset STAGE_SECONDS
 [ -z "$from" ] || [ -z "$only" ] || fail "--from and --only exclude each other"
 [ -z "$toy" ] || [ "$campaign" = training ] || fail "--toy is for the set training"
 [ -z "$toy" ] || [ -n "$results" ] || fail "--toy needs RESULTS: what it writes is of no interest"
@@ -134,7 +136,7 @@ run_tests() {
   local jobs
   jobs=$(nproc)
   # Most of the time goes into compiling hundreds of Triton's kernels, which processes share.
-  run --collect-only "$python" -m pytest -q -n "$((jobs > 8 ? 8 : jobs))" --dist load -m gpu tests/test_gpu*.py
+  run --collect-only "$python" -m pytest -q -n "$((jobs > 8 ? 8 : jobs))" --dist loadgroup -m gpu tests/test_gpu*.py
 }
 
 run_sanitizer() {

@@ -15,6 +15,7 @@ from native import NATIVE
 
 import adadfq
 from adadfq.ops import dispatch
+from benchmarks.contest import exact_float32
 
 # The tests' tensors are too small to share between threads; those about threads set their own number.
 THREADS = 1
@@ -49,10 +50,10 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions on a GPU in float32 and the same each time: TF32 makes other codes of what differs by rounding."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions on a GPU in float32 and the same each time."""
+    with exact_float32():
+        yield
 
 
 @pytest.fixture(params=["reference", NATIVE.NAME])

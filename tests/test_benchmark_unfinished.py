@@ -168,19 +168,20 @@ def test_a_run_begun_otherwise_begins_anew(
 
 def test_a_network_is_known_by_the_files_that_define_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    block, net = tmp_path / "my_block_of_unfinished.py", tmp_path / "my_net.py"
-    block.write_text("from torch import nn\nclass Block(nn.Sequential): pass\n")
+    base, block, net = (tmp_path / f"my_{name}_of_unfinished.py" for name in ("base", "block", "net"))
+    base.write_text("from torch import nn\nclass Base(nn.Sequential): pass\n")
+    block.write_text("from my_base_of_unfinished import *\nclass Block(Base): pass\n")
     net.write_text("from my_block_of_unfinished import *\ndef build(): return nn.Sequential(Block(nn.Linear(2, 2)))\n")
-    spec = f"{net}:build"
+    for spec in (f"{net}:build", f"{net.stem}:build"):
 
-    def digest() -> str:
-        return accuracy._digest_of_code(adadfq.build_model(spec), spec)
+        def digest(spec: str = spec) -> str:
+            return accuracy._digest_of_code(adadfq.build_model(spec), spec)
 
-    found = [digest(), digest()]
-    for path in (block, net):
-        path.write_text(path.read_text() + "# another\n")
-        found.append(digest())
-    assert found[0] == found[1] and len(set(found)) == 3
+        found = [digest(), digest()]
+        for path in (base, block, net):
+            path.write_text(path.read_text() + "# another\n")
+            found.append(digest())
+        assert found[0] == found[1] and len(set(found)) == 4
 
 
 def test_a_run_on_real_images_goes_on_with_the_same_images(

@@ -1257,9 +1257,8 @@ def test_gpu_sh_dry_run_of_a_campaign(campaign: str, stages: list[str]) -> None:
 
 def test_gpu_sh_has_all_tests_that_are_for_a_gpu() -> None:
     """By the names of their files, so that eight processes need not collect the others."""
-    marked = {
-        path.name for path in (ROOT / "tests").glob("test_*.py") if "\n    pytest.mark.gpu,\n" in path.read_text()
-    }
+    mark = re.compile(r"^\s*(@|pytestmark = )?pytest\.mark\.gpu\b", re.MULTILINE)
+    marked = {path.name for path in (ROOT / "tests").glob("test_*.py") if mark.search(path.read_text())}
     found = gpu_sh("--dry-run", "--only", "tests", PYTHON=sys.executable).stdout
     assert marked and all(f"tests/{name}" in found for name in marked)
 
@@ -1333,7 +1332,7 @@ def stamped(results: Path) -> list[str]:
 
 def test_gpu_sh_goes_on_where_it_stopped(machinery: Path, standing_in: dict[str, str]) -> None:
     results, log = machinery / "results", machinery / "log"
-    fail(machinery, "-m gpu tests/test_gpu.py tests/test_gpu_step.py", 5)
+    fail(machinery, "-m gpu tests/", 5)
     first = gpu_sh(str(results), **standing_in)
     assert first.returncode == 1 and "exit status 5 of: python -m pytest" in first.stderr
     assert "stage tests failed" in first.stderr and stamped(results) == ["build"]
@@ -1357,7 +1356,7 @@ def test_gpu_sh_goes_on_where_it_stopped(machinery: Path, standing_in: dict[str,
     assert gpu_sh("--fresh", str(results), **standing_in).stdout.count("at most") == 4
 
     # A stage that fails now has not been done, whatever it did before.
-    fail(machinery, "-m gpu tests/test_gpu.py tests/test_gpu_step.py", 5)
+    fail(machinery, "-m gpu tests/", 5)
     assert gpu_sh("--only", "tests", str(results), **standing_in).returncode == 1
     assert stamped(results) == ["build", "sanitizer", "bench"]
 
@@ -1441,9 +1440,7 @@ def test_sources_without_git_are_known_by_their_digest(machinery: Path, standing
 
 
 @pytest.mark.parametrize("status", [3, 77, 78])
-@pytest.mark.parametrize(
-    "pattern", ["pip install", "-m gpu tests/test_gpu.py tests/test_gpu_step.py", "--tool racecheck", "benchmarks step"]
-)
+@pytest.mark.parametrize("pattern", ["pip install", "-m gpu tests/", "--tool racecheck", "benchmarks step"])
 def test_gpu_sh_fails_whatever_the_status(
     machinery: Path, standing_in: dict[str, str], pattern: str, status: int
 ) -> None:

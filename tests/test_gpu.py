@@ -297,6 +297,7 @@ def test_kernel_on_a_device_that_is_not_current(gpu_backend: str, op: str) -> No
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.xdist_group("most of the memory")  # one at a time
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_more_than_two_to_the_31_elements(gpu_backend: str, channels_last: bool) -> None:
     shape = (33, 64, 1024, 1024)  # 2.2e9 elements
