@@ -39,6 +39,8 @@ from adadfq.ops.native_args import Layout
 
 #: Activations, numbered as in adadfq.ops.reference.ACTS.
 _NONE, _RELU6 = tl.constexpr(0), tl.constexpr(2)
+#: Splits that :func:`add_splits` adds at a time.
+_MOST_SPLITS = 512
 
 
 @triton.jit
@@ -232,6 +234,23 @@ def add_splits_kernel(
         tl.store(grad_shift_ptr + channel, result, mask=exists)
 
 
+def add_splits(partial: Tensor, results: tuple[Tensor, ...]) -> None:
+    """Sum `partial` [len(results), splits, channels], float64, over the splits into one or two `results` [channels]."""
+    _, splits, channels = partial.shape
+    columns = 4  # 32 bytes, the least that memory hands out
+    add_splits_kernel[(triton.cdiv(channels, columns), len(results))](
+        partial,
+        results[0],
+        results[-1],
+        splits,
+        channels,
+        ROWS=min(triton.next_power_of_2(splits), _MOST_SPLITS),
+        COLUMNS=columns,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+
+
 def affine_act_fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -323,15 +342,4 @@ def affine_act_fake_quantize_backward(
         grad, x, scale, shift, residual, grad_x, grad_residual, *sums, *plan.walk, ACT=act, **plan.options
     )
     if partial is not None:
-        columns = 4  # 32 bytes, the least that memory hands out
-        add_splits_kernel[(triton.cdiv(layout.channels, columns), 2)](
-            partial,
-            grad_scale,
-            grad_shift,
-            plan.splits,
-            layout.channels,
-            ROWS=min(triton.next_power_of_2(plan.splits), 512),
-            COLUMNS=columns,
-            num_warps=8,
-            enable_fp_fusion=False,
-        )
+        add_splits(partial, (grad_scale, grad_shift))

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adadfq.kernels import fake_quantize, tiles
-from adadfq.kernels.affine_act_fake_quantize import _activation, _where_sloped, add_splits_kernel
+from adadfq.kernels.affine_act_fake_quantize import _activation, _where_sloped, add_splits
 from adadfq.kernels.arithmetic import divisor, quotient, round_half_even
 from adadfq.kernels.tiles import (
     channel_numbers,
@@ -176,23 +176,6 @@ def add_all_kernel(partial_ptr, total_ptr, count, BLOCK: tl.constexpr):
     tl.store(total_ptr, tl.sum(total, 0).to(tl.float32))
 
 
-def _add_splits(partial: Tensor, results: tuple[Tensor, ...]) -> None:
-    """Sum `partial` [len(results), splits, channels], float64, over the splits into one or two `results` [channels]."""
-    _, splits, channels = partial.shape
-    columns = 4  # 32 bytes, the least that memory hands out
-    add_splits_kernel[(triton.cdiv(channels, columns), len(results))](
-        partial,
-        results[0],
-        results[-1],
-        splits,
-        channels,
-        ROWS=min(triton.next_power_of_2(splits), 512),
-        COLUMNS=columns,
-        num_warps=8,
-        enable_fp_fusion=False,
-    )
-
-
 def foreach_fake_quantize(calls: list[tuple[Tensor, Tensor, Tensor, Tensor, Layout, int]]) -> None:
     """:func:`adadfq.kernels.fake_quantize.fake_quantize` of every call: (x, out, scale, zero_point, layout, bits)."""
     for x, out, scale, zero_point, layout, bits in calls:
@@ -216,7 +199,7 @@ def learned_fake_quantize_backward(calls: list[Call]) -> None:
             grad, x, grad_x, scale, zero_point, sums, *plan.walk, 2**bits - 1, **plan.options
         )
         if plan.splits > 1:
-            _add_splits(sums, (grad_scale,))
+            add_splits(sums, (grad_scale,))
 
 
 def affine_act_learned_fake_quantize_backward(
@@ -267,7 +250,7 @@ def affine_act_learned_fake_quantize_backward(
         **plan.options,
     )
     if grad_scale is not None and grad_shift is not None and plan.splits > 1:
-        _add_splits(partial[:2], (grad_scale, grad_shift))
+        add_splits(partial[:2], (grad_scale, grad_shift))
     add_all_kernel[(1,)](
         partial[2], grad_act_scale, plan.splits * layout.channels, BLOCK=ADDED, num_warps=8, enable_fp_fusion=False
     )

@@ -15,7 +15,7 @@ import triton as compiler
 import triton.language as tl
 
 from adadfq.errors import BackendError
-from adadfq.kernels import batch_norm_act, bn_match, configs, segments, tiles
+from adadfq.kernels import affine_act_fake_quantize, batch_norm_act, bn_match, configs, segments, tiles
 from adadfq.kernels.segments import channels_at
 from adadfq.ops import dispatch, native_args, reference, triton
 
@@ -103,6 +103,7 @@ def test_sums_in_two_stages(op: str, channels_last: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiles, "MOST_TILES", 2)
     monkeypatch.setattr(bn_match, "_MOST_SPLITS", 2)
     monkeypatch.setattr(bn_match, "_COMBINED", 2)
+    monkeypatch.setattr(affine_act_fake_quantize, "_MOST_SPLITS", 2)
     monkeypatch.setitem(configs.CONFIGS, "channel_tiles", (configs.Config(1, 1),))
     for shape in ((2, 3, 30, 40), (5, 24, 12, 12)):
         args = arguments(op, shape, torch.float32, channels_last)
