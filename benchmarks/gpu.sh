@@ -132,11 +132,16 @@ run_build() {
   run --help "$python" -m adadfq info
 }
 
+# processes MOST: one for each core, but no more.
+processes() {
+  local cores
+  cores=$(nproc)
+  echo $((cores > $1 ? $1 : cores))
+}
+
 run_tests() {
-  local jobs
-  jobs=$(nproc)
   # Most of the time goes into compiling hundreds of Triton's kernels, which processes share.
-  run --collect-only "$python" -m pytest -q -n "$((jobs > 8 ? 8 : jobs))" --dist loadgroup -m gpu tests/test_gpu*.py
+  run --collect-only "$python" -m pytest -q -n "$(processes 8)" --dist loadgroup -m gpu tests/test_gpu*.py
 }
 
 run_sanitizer() {
@@ -189,10 +194,8 @@ run_bench() {
 }
 
 run_suite() {
-  local jobs
-  jobs=$(nproc)
   # Those marked gpu share one device, and have run in stage tests.
-  run --collect-only "$python" -m pytest -q -n "$((jobs > 16 ? 16 : jobs))" --dist loadfile -m "not gpu" tests
+  run --collect-only "$python" -m pytest -q -n "$(processes 16)" --dist loadfile -m "not gpu" tests
 }
 
 run_ceilings() {
@@ -381,7 +384,7 @@ for stage in "${stages[@]}"; do
   fi
   echo "stage $stage: at most $limit s"
   if [ -n "$dry_run" ]; then
-    "run_$stage"
+    STAGE_SECONDS=$limit "run_$stage"
     continue
   fi
   rm -f "$stamp"

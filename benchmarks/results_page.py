@@ -32,8 +32,8 @@ after as many steps of as many images. "On real images" is no result but a compa
 themselves, without their labels, cropped and flipped as the recipe has it, in the place of generated ones, which
 tells the generator's share of a gap. "Held-out agreement" is the share of generated images, which no training saw, on
 which student and teacher name the same class, "held-out loss" the mean L_Q there in nats, lower being better
-(`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing was chosen
-by top-1, but that `adadfq_plus` keeps `weight_range` and `gamma`, for which held-out images do not ask, was decided
+(`adadfq.HeldOut`); "mirrored" compares with the teacher's mean over an image and its mirror image. Nothing here
+chooses by top-1; that `adadfq_plus` keeps `weight_range` and `gamma`, for which held-out images do not ask, was decided
 with it in view. Differences are ± their standard error over the seeds of both. Times are without scoring; on a CPU
 they are CPU time, which whatever else ran has no part in. A command trains what its file does not hold yet: where it
 names more seeds or settings than a table shows, those have not been run. "As it was" are runs of a recipe that has

@@ -1400,6 +1400,9 @@ def test_a_stage_of_less_time_hands_it_to_its_cases(machinery: Path, standing_in
     # 80 s are for what begins last, and for the start.
     assert int(made[made.index("--limit") + 1]) == int(stage) - 80
     assert int(stage) == 560 if seconds == "700" else 290 < int(stage) <= 300
+    looked = gpu_sh("--dry-run", "--only", "predicted", "--seconds", seconds, **standing_in).stdout
+    (stage,) = re.findall("stage predicted: at most ([0-9]+) s", looked)
+    assert f"--limit {int(stage) - 80} " in looked
 
 
 @pytest.mark.parametrize("seconds", ["", "300"])
